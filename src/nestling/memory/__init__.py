@@ -1,0 +1,55 @@
+"""Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
+
+from .attentional_bias import AttentionalBias, dot, l2
+from .part import Part, all_variants, known, parse
+from .retention import Retention, decay
+from .rule import (
+    Gates,
+    Gradient,
+    Pairs,
+    Plan,
+    Rule,
+    Summed,
+    dampen,
+    delta_gradient_descent,
+    every,
+    gradient_descent,
+    momentum,
+    normalize,
+    retain,
+    scale,
+    surprise,
+)
+from .structure import Structure, Weights, matrix, mlp, plain
+
+__all__ = [
+    "AttentionalBias",
+    "Gates",
+    "Gradient",
+    "Pairs",
+    "Part",
+    "Plan",
+    "Retention",
+    "Rule",
+    "Structure",
+    "Summed",
+    "Weights",
+    "all_variants",
+    "dampen",
+    "decay",
+    "delta_gradient_descent",
+    "dot",
+    "every",
+    "gradient_descent",
+    "known",
+    "l2",
+    "matrix",
+    "mlp",
+    "momentum",
+    "normalize",
+    "parse",
+    "plain",
+    "retain",
+    "scale",
+    "surprise",
+]

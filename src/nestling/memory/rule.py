@@ -1,0 +1,470 @@
+"""Learning rules: how a memory changes, one linear map [..., out, in] at a time.
+
+A rule is a pure function `step(weight, gradient, state, gates) -> (weight, state)`. It is used three times: as
+the inner loop of a sequence layer, as the update of a level of the continuum memory, and as a torch optimizer.
+Rules are built from parts: directions (what is added, linear in the gradient) inside keepers (what happens to
+what was there) inside clocks (when)::
+
+    every(512, retain(decay(), delta_gradient_descent(momentum())))
+
+Rules that are linear in the weights also have a `plan`: the scalars per token from which a whole chunk is
+computed at once (`nestling.sequence.chunk`). Oracles: `memory.naive` token by token, and `tests/test_rule.py`.
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .part import Part
+from .retention import Retention, decay
+
+State = Any
+"""Nested NamedTuples of tensors; () where a part remembers nothing."""
+
+
+class Gates(NamedTuple):
+    """What a token (or the user) chooses for one step: numbers, or tensors with the weight's leading dims.
+
+    step_size: Titans' theta, the delta rule's beta, Nested Learning's eta. momentum: Titans' eta.
+    log_retention: log of the fraction kept (Titans' 1 - alpha; Nested Learning's alpha).
+    """
+
+    step_size: Tensor | float = 1.0
+    momentum: Tensor | float = 0.0
+    log_retention: Tensor | float = 0.0
+
+
+class Pairs(NamedTuple):
+    """A gradient as what it is made of: errors at a map's output and the map's inputs, n pairs at one weight."""
+
+    error: Tensor  # [..., n, out]
+    input: Tensor  # [..., n, in]
+
+    @property
+    def tokens(self) -> int:
+        return self.input.shape[-2]
+
+    def dense(self) -> Tensor:
+        """sum_n error input^T [..., out, in]."""
+        return self.error.mT @ self.input
+
+    def project(self, weight: Tensor) -> Tensor:
+        """sum_n (W x) x^T: the part of W that lies along the inputs [..., out, in]."""
+        return (self.input @ weight.mT).mT @ self.input
+
+    def squared_norm(self) -> Tensor:
+        """sum_n |x|^2 [...]."""
+        return self.input.square().sum((-2, -1))
+
+    def gram(self) -> Tensor:
+        """sum_n x x^T [..., in, in]."""
+        return self.input.mT @ self.input
+
+
+class Summed(NamedTuple):
+    """A gradient summed over `tokens` tokens; with the inputs' Gram matrix where the rule needs the inputs."""
+
+    total: Tensor  # [..., out, in]
+    inputs: Tensor | None = None  # [..., in, in]
+    tokens: int = 1
+
+    def dense(self) -> Tensor:
+        return self.total
+
+    def project(self, weight: Tensor) -> Tensor:
+        return weight @ self.gram()
+
+    def squared_norm(self) -> Tensor:
+        return self.gram().diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def gram(self) -> Tensor:
+        if self.inputs is None:
+            raise ValueError(
+                "this rule needs the inputs of each linear map (delta_gradient_descent and normalize do), "
+                "but was given a gradient without them; capture them (Optimizer.capture) or pass Pairs"
+            )
+        return self.inputs
+
+
+Gradient = Pairs | Summed
+
+
+class Plan(NamedTuple):
+    """The scalars of a linear rule for every token of a chunk, [..., c]; None is the neutral value.
+
+    W_t = exp(log_keep_t) W_{t-1} + read_out_t S_t - erase_t (W_{t-1} x_t) x_t^T
+    S_t = momentum_t S_{t-1} - write_t e_t x_t^T        (S is `buffer` before the chunk)
+    """
+
+    write: Tensor
+    log_keep: Tensor | None = None
+    momentum: Tensor | None = None
+    read_out: Tensor | None = None
+    erase: Tensor | None = None
+    buffer: Tensor | None = None
+
+
+class ChunkEnd(NamedTuple):
+    """What a chunk leaves behind for a rule's state."""
+
+    buffer: Tensor | None  # S after the chunk [..., out, in]
+    squared_norm: Tensor  # sum over the chunk of |x|^2 [...]
+
+
+def _wide(gate: Tensor | float) -> Tensor | float:
+    """A gate [...] made to multiply a weight [..., out, in]."""
+    return gate[..., None, None] if isinstance(gate, Tensor) else gate
+
+
+def _per_token(gate: Tensor | float, like: Tensor) -> Tensor:
+    """A gate as a tensor [..., c] that broadcasts against `like`."""
+    return gate if isinstance(gate, Tensor) else torch.full_like(like, gate)
+
+
+class Rule(Part, family=True):
+    """How one linear map learns. Pure: nothing given is changed in place."""
+
+    needs_inputs: bool = False
+
+    def init(self, weight: Tensor) -> State:
+        """The state before the first step, for a weight [..., out, in]."""
+        return ()
+
+    def anchor(self, state: State) -> State:
+        """The state when the point at which gradients are taken has just moved to the current weights."""
+        return state
+
+    @abstractmethod
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        """The weight and state after one step on a gradient that sums `gradient.tokens` tokens."""
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        """The rule's scalars for a chunk whose gates and squared input norms are [..., c]; `exact`: gradients are
+        taken at every token's own weights, so that each token is its own anchor."""
+        raise ValueError(f"{self} is not linear in the weights and has no chunked form; use way='recurrent'")
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        """The state after a chunk that was computed from `plan`."""
+        return state
+
+
+class Additive(Rule, abstract=True):
+    """A rule that keeps some of the weight and adds an update to it."""
+
+    def keep(self, weight: Tensor, gates: Gates) -> Tensor:
+        return weight
+
+    @abstractmethod
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        """What is added to the kept weight, and the new state."""
+
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, state = self.update(weight, gradient, state, gates)
+        return self.keep(weight, gates) + added, state
+
+
+class Direction(Additive, abstract=True):
+    """An additive rule whose update is linear in the gradients and blind to the weight: it can be wrapped."""
+
+
+def _require(owner: str, value: Any, kind: type, why: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{owner}({value!r}): {why}")
+
+
+@dataclass(frozen=True, repr=False)
+class surprise(Direction):
+    """update = -g: the momentary surprise itself, unscaled."""
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        return -gradient.dense(), state
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        return Plan(write=torch.ones_like(squared_norms))
+
+
+@dataclass(frozen=True, repr=False)
+class _wrapper(Direction, abstract=True):
+    """A direction around another one, whose state and plan it passes on."""
+
+    of: Direction
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        _require(name, self.of, Direction, f"{name} wraps a direction; put keepers and clocks outside of it")
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_inputs
+
+    def init(self, weight: Tensor) -> State:
+        return self.of.init(weight)
+
+    def anchor(self, state: State) -> State:
+        return self.of.anchor(state)
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        return self.of.close(state, end)
+
+
+@dataclass(frozen=True, repr=False)
+class scale(_wrapper):
+    """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, state = self.of.update(weight, gradient, state, gates)
+        return _wide(gates.step_size) * added, state
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, squared_norms, state, exact)
+        if plan.momentum is None:
+            return plan._replace(write=plan.write * gates.step_size)
+        read_out = gates.step_size if plan.read_out is None else plan.read_out * gates.step_size
+        return plan._replace(read_out=_per_token(read_out, squared_norms))
+
+
+@dataclass(frozen=True, repr=False)
+class gradient_descent(scale):
+    """update = -step_size * g. Nested Learning equation 8; `scale(surprise())` under its usual name."""
+
+    of: Direction = surprise()
+
+
+@dataclass(frozen=True, repr=False)
+class dampen(_wrapper):
+    """update = (1 - momentum) * (update of `of`): inside `momentum` it makes the buffer an average of updates,
+    where the bare form multiplies them by up to 1 / (1 - momentum)."""
+
+    of: Direction = gradient_descent()
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, state = self.of.update(weight, gradient, state, gates)
+        return _wide(1.0 - gates.momentum) * added, state
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, squared_norms, state, exact)
+        return plan._replace(write=plan.write * (1.0 - gates.momentum))
+
+
+class NormalizeState(NamedTuple):
+    squared_norm: Tensor  # sum of |x|^2 since the anchor [...]
+    of: State
+
+
+@dataclass(frozen=True, repr=False)
+class normalize(_wrapper):
+    """step_size <- step_size / (1 + step_size * n), n = sum of |x|^2 over the writes since the anchor.
+
+    The anchor is where gradients are taken. Gradients frozen over a chunk add up like one batch step, which
+    diverges above a step of 1 / lambda_max(sum x x^T) <= 1 / n (spec: memory 5.2); this stays below it.
+    """
+
+    of: Direction = gradient_descent()
+    needs_inputs = True  # type: ignore[assignment]
+
+    def init(self, weight: Tensor) -> State:
+        return NormalizeState(weight.new_zeros(weight.shape[:-2]), self.of.init(weight))
+
+    def anchor(self, state: State) -> State:
+        return NormalizeState(torch.zeros_like(state.squared_norm), self.of.anchor(state.of))
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        total = state.squared_norm + gradient.squared_norm()
+        gates = gates._replace(step_size=bounded(gates.step_size, total))
+        added, inner = self.of.update(weight, gradient, state.of, gates)
+        return added, NormalizeState(total, inner)
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        total = squared_norms if exact else state.squared_norm[..., None] + squared_norms.cumsum(-1)
+        gates = gates._replace(step_size=bounded(gates.step_size, total))
+        return self.of.plan(gates, squared_norms, state.of, exact)
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        return NormalizeState(state.squared_norm + end.squared_norm, self.of.close(state.of, end))
+
+
+def bounded(step_size: Tensor | float, squared_norm: Tensor) -> Tensor:
+    """eta' = eta / (1 + eta |x|^2): the implicit step along x, never past the target (equation 57, general x)."""
+    return step_size / (1.0 + step_size * squared_norm)
+
+
+class MomentumState(NamedTuple):
+    buffer: Tensor  # [..., out, in]
+    of: State
+
+
+@dataclass(frozen=True, repr=False)
+class momentum(_wrapper):
+    """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33."""
+
+    of: Direction = gradient_descent()
+
+    def init(self, weight: Tensor) -> State:
+        return MomentumState(torch.zeros_like(weight), self.of.init(weight))
+
+    def anchor(self, state: State) -> State:
+        return MomentumState(state.buffer, self.of.anchor(state.of))
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, inner = self.of.update(weight, gradient, state.of, gates)
+        buffer = _wide(gates.momentum) * state.buffer + added
+        return buffer, MomentumState(buffer, inner)
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, squared_norms, state.of, exact)
+        if plan.momentum is not None:
+            raise ValueError(f"{self}: a momentum of a momentum has no chunked form; use way='recurrent'")
+        return plan._replace(momentum=_per_token(gates.momentum, squared_norms), buffer=state.buffer)
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        assert end.buffer is not None
+        return MomentumState(end.buffer, self.of.close(state.of, end))
+
+
+@dataclass(frozen=True, repr=False)
+class delta_gradient_descent(Additive):
+    """W <- W - eta' (W x) x^T + (update of `of` with step size eta'), eta' = eta / (1 + eta |x|^2).
+
+    Nested Learning equations 56 and 57, with the general |x| that their closed form leaves out; exact for one
+    pair. With l2 the erase and the objective's own both act and W x settles at v/2, as in the paper. Only the
+    gradient enters a momentum in `of`; the erase acts on the running weights. Of several pairs at one weight
+    the outer products add, with |x|^2 summed: the averaged form. Oracle: the direct solve of equation 56.
+    """
+
+    of: Direction = gradient_descent()
+    needs_inputs = True  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        why = "delta_gradient_descent wraps a direction, as in delta_gradient_descent(momentum())"
+        _require("delta_gradient_descent", self.of, Direction, why)
+
+    def init(self, weight: Tensor) -> State:
+        return self.of.init(weight)
+
+    def anchor(self, state: State) -> State:
+        return self.of.anchor(state)
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        step_size = bounded(gates.step_size, gradient.squared_norm())
+        added, state = self.of.update(weight, gradient, state, gates._replace(step_size=step_size))
+        return added - _wide(step_size) * gradient.project(weight), state
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        step_size = bounded(gates.step_size, squared_norms)
+        plan = self.of.plan(gates._replace(step_size=step_size), squared_norms, state, exact)
+        return plan._replace(erase=step_size)
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        return self.of.close(state, end)
+
+
+@dataclass(frozen=True, repr=False)
+class retain(Additive):
+    """W <- (what `retention` keeps of W) + (update of `of`, its gradient taken at the undecayed weights).
+
+    With decay(): Titans, AdamW's decoupled weight decay, and W (a I - b x x^T) around the delta terms.
+    """
+
+    retention: Retention = decay()
+    of: Additive = gradient_descent()
+
+    def __post_init__(self) -> None:
+        _require("retain", self.retention, Retention, "the first argument is a retention gate, such as decay()")
+        if isinstance(self.of, retain) or not isinstance(self.of, Additive):
+            raise ValueError(f"retain(..., {self.of!r}): retain wraps a direction or delta_gradient_descent")
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_inputs
+
+    def init(self, weight: Tensor) -> State:
+        return self.of.init(weight)
+
+    def anchor(self, state: State) -> State:
+        return self.of.anchor(state)
+
+    def keep(self, weight: Tensor, gates: Gates) -> Tensor:
+        return self.retention.keep(weight, gates.log_retention)
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        return self.of.update(weight, gradient, state, gates)
+
+    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, squared_norms, state, exact)
+        return plan._replace(log_keep=_per_token(gates.log_retention, squared_norms))
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        return self.of.close(state, end)
+
+
+class EveryState(NamedTuple):
+    elapsed: Tensor  # tokens since the last tick, int64 [...]
+    gradient: Tensor  # summed since the last tick [..., out, in]
+    inputs: Tensor | None  # Gram matrix since the last tick [..., in, in], where the rule needs it
+    of: State
+
+
+@dataclass(frozen=True, repr=False)
+class every(Rule):
+    """A clock around a whole step: `of` steps once each `period` tokens, on the gradient summed over them with
+    step_size / period; off the clock nothing changes, retention included. Equation 71.
+
+    A gradient that sums more tokens than are left of a period still makes one step, at the tick, of all that
+    was summed. period=inf never steps.
+    """
+
+    period: float
+    of: Rule = gradient_descent()
+
+    def __post_init__(self) -> None:
+        if not self.period >= 1 or (self.period != math.inf and self.period != int(self.period)):
+            raise ValueError(f"every: period must be a whole number of tokens >= 1, or inf, got {self.period}")
+        if isinstance(self.of, every) or not isinstance(self.of, Rule):
+            raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_inputs
+
+    def init(self, weight: Tensor) -> State:
+        elapsed = torch.zeros(weight.shape[:-2], dtype=torch.int64, device=weight.device)
+        square = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
+        inputs = square if self.needs_inputs else None
+        return EveryState(elapsed, torch.zeros_like(weight), inputs, self.of.init(weight))
+
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        if self.period == math.inf:
+            return weight, state
+        elapsed = state.elapsed + gradient.tokens
+        total = state.gradient + gradient.dense()
+        inputs = None if state.inputs is None else state.inputs + gradient.gram()
+        tick = elapsed >= self.period
+        if not bool(tick.any()):
+            return weight, EveryState(elapsed, total, inputs, state.of)
+        gates = gates._replace(step_size=gates.step_size / self.period)
+        summed = Summed(total, inputs, tokens=0)
+        stepped, inner = self.of.step(weight, summed, self.of.anchor(state.of), gates)
+        after = EveryState(
+            elapsed % int(self.period),
+            torch.zeros_like(total),
+            None if inputs is None else torch.zeros_like(inputs),
+            inner,
+        )
+        if bool(tick.all()):
+            return stepped, after
+        before = EveryState(elapsed, total, inputs, state.of)
+        return torch.where(_wide(tick), stepped, weight), _where(tick, after, before)
+
+
+def _where(tick: Tensor, after: State, before: State) -> State:
+    """`after` where `tick` [...] is true, else `before`, through a nested state."""
+    if isinstance(after, Tensor):
+        return torch.where(tick.view(*tick.shape, *[1] * (after.dim() - tick.dim())), after, before)
+    if isinstance(after, tuple):
+        picked = [_where(tick, a, b) for a, b in zip(after, before, strict=True)]
+        return type(after)(*picked) if hasattr(after, "_fields") else tuple(picked)
+    return after

@@ -1,0 +1,88 @@
+"""The one decoder: blocks of a mixer and a continuum, between tied byte embeddings."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.levels.continuum import Continuum, Taps, level
+from nestling.memory.structure import Weights
+
+from .config import ModelConfig
+
+
+class Block(nn.Module):
+    """x <- x + mixer(norm x); x <- continuum(x). With self-modifying Titans as mixer: Hope (equation 97)."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(config.dim))
+        self.mixer = config.mixer.build(config.dim, config.heads, generator)
+        self.continuum = Continuum(config.dim, config.levels, generator)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any,
+        weights: tuple[Weights, ...] | None,
+        taps: list[Taps] | None,
+        reset: Tensor | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        normed = F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-6)
+        y, state = self.mixer(normed, state, reset=reset, valid=valid)
+        return self.continuum(x + y, weights, taps), state
+
+
+class ModelState(NamedTuple):
+    """The sequence states of all blocks: what the model remembers of the document it is in."""
+
+    blocks: tuple[Any, ...]
+
+
+class Decoder(nn.Module):
+    """Tokens [b, t] -> logits [b, t, V] and the state after them. Everything learned in the sequence is in the
+    state; the levels' weights may be given from outside; the call changes nothing."""
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.config = config
+        self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.dim, generator=generator))
+        self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.blocks))
+        self.norm = nn.Parameter(torch.ones(config.dim))
+        with torch.no_grad():
+            self.embedding.mul_(0.1 / config.dim**0.5)
+
+    @property
+    def levels(self) -> tuple[level, ...]:
+        """Every level of every block, in the order of their weights in a life."""
+        return tuple(lvl for _ in self.blocks for lvl in self.config.levels)
+
+    def level_weights(self) -> tuple[Weights, ...]:
+        return tuple(maps for block in self.blocks for maps in block.continuum.level_weights())  # type: ignore[union-attr, operator]
+
+    def init_state(self, batch: int) -> ModelState:
+        return ModelState(tuple(block.mixer.init_state(batch) for block in self.blocks))  # type: ignore[union-attr, operator]
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: ModelState | None = None,
+        *,
+        weights: tuple[Weights, ...] | None = None,
+        taps: list[Taps] | None = None,
+        reset: Bool[Tensor, "b t"] | None = None,
+        valid: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b t v"], ModelState]:
+        state = self.init_state(tokens.shape[0]) if state is None else state
+        x = F.embedding(tokens, self.embedding) * self.config.dim**0.5 * 10.0
+        after, count = [], len(self.config.levels)
+        for index, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+            own = None if weights is None else weights[index * count : (index + 1) * count]
+            x, block_state = block(x, before, own, taps, reset, valid)
+            after.append(block_state)
+        x = F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-6)
+        return x @ self.embedding.mT, ModelState(tuple(after))

@@ -1,0 +1,204 @@
+"""A chunk of tokens at once: the coefficient form of every rule that has a plan.
+
+With gates known and the pairs (e_j, x_j) of a linear map, all weights of a chunk are fixed combinations::
+
+    W_t = b_t W + f_t S - sum_{j<=t} (G_tj write_j e_j + B_tj erase_j r_j) x_j^T,      r_j = W_{j-1} x_j
+    S_t = m_t S - sum_{j<=t} M_tj write_j e_j x_j^T
+
+B_tj and M_tj are the products of retention and momentum over j < l <= t, G = B diag(read_out) M, and b, m, f
+their columns for what stood before the chunk. Per-token weights never exist: a read is two products with the
+chunk's start and a causal c x c matrix per head. What a token's erase sees (r_j) and, with gradients at every
+token's own weights, its error, depend on earlier tokens of the chunk linearly: one unit lower-triangular solve.
+(spec: memory 2.2 and 5.1.) Oracle: `memory.naive`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.rule import Plan
+
+_LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
+
+
+class Transfer(NamedTuple):
+    """How far each token's write and erase carry to each token of the chunk, as each stands after its own step
+    (`after`) and before it (`before`). From the gates alone: shared by all maps of a memory."""
+
+    after: "Stand"
+    before: "Stand"
+    decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
+    start_decayed: Tensor | None  # m_c [...]
+
+    def lift(self, dims: int) -> "Transfer":
+        """The same with `dims` dims of size one in front of the chunk's."""
+        if not dims:
+            return self
+        stands = [
+            Stand(
+                *(
+                    part if part is None else part.unsqueeze(-2 - at)
+                    for part, at in zip(stand, (1, 1, 0, 0), strict=True)
+                )
+            )
+            for stand in (self.after, self.before)
+        ]
+        rest = (
+            part if part is None else part.unsqueeze(-1 - at)
+            for part, at in ((self.decayed, 1), (self.start_decayed, 0))
+        )
+        return Transfer(*stands, *rest)
+
+
+class Stand(NamedTuple):
+    """The coefficients of the weights at every token of a chunk."""
+
+    kept: Tensor  # B [..., c, c] of each erase
+    written: Tensor  # G [..., c, c] of each write; the same tensor as B without a momentum
+    start_kept: Tensor | None  # b [..., c] of W before the chunk; None: 1
+    start_read: Tensor | None  # f [..., c] of S before the chunk; None without a momentum
+
+
+def _products(log_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """prod_{j<l<=t} [..., c, c], zero above the diagonal, and prod_{l<=t} [..., c], from logs [..., c].
+
+    Differences of sums are taken in float64, so that small gates before j cost no precision after it.
+    """
+    total = log_gates.double().clamp(min=_LOG_ZERO).cumsum(-1)
+    between = (total[..., :, None] - total[..., None, :]).to(log_gates.dtype)
+    c = log_gates.shape[-1]
+    above = torch.ones(c, c, dtype=torch.bool, device=log_gates.device).triu(1)
+    return between.masked_fill(above, -torch.inf).exp(), total.to(log_gates.dtype).exp()
+
+
+def transfer(plan: Plan) -> Transfer:
+    """The matrices that retention, momentum and read-out make of a chunk; [..., c] -> [..., c, c]."""
+    c = plan.write.shape[-1]
+    start_kept = start_read = decayed = start_decayed = None
+    if plan.log_keep is not None:
+        kept, start_kept = _products(plan.log_keep)
+    else:
+        kept = plan.write.new_ones(c, c).tril()
+    written = kept
+    if plan.momentum is not None:
+        products, first = _products(plan.momentum.clamp(min=torch.finfo(plan.momentum.dtype).tiny).log())
+        decayed, start_decayed = products[..., -1, :], first[..., -1]
+        if plan.read_out is not None:
+            products, first = plan.read_out[..., None] * products, plan.read_out * first
+        both = kept @ torch.cat([products, first[..., None]], -1)
+        written, start_read = both[..., :-1], both[..., -1]
+    after = Stand(kept, written, start_kept, start_read)
+    return Transfer(after, _earlier(after), decayed, start_decayed)
+
+
+def _earlier(after: Stand) -> Stand:
+    """The coefficients one token earlier: what stands before each token's own step."""
+
+    def down(matrix: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(matrix[..., :1, :]), matrix[..., :-1, :]], -2)
+
+    def later(vector: Tensor | None, first: float) -> Tensor | None:
+        return None if vector is None else torch.cat([torch.full_like(vector[..., :1], first), vector[..., :-1]], -1)
+
+    kept = down(after.kept)
+    written = kept if after.written is after.kept else down(after.written)
+    return Stand(kept, written, later(after.start_kept, 1.0), later(after.start_read, 0.0))
+
+
+class MapChunk(NamedTuple):
+    """One linear map over one chunk: everything a read or the chunk's end needs."""
+
+    weight: Tensor  # W before the chunk [..., out, in]
+    buffer: Tensor | None  # S before the chunk
+    inputs: Tensor  # x [..., c, in]
+    writes: Tensor  # write_j e_j [..., c, out]
+    erased: Tensor | None  # erase_j r_j [..., c, out]
+    carry: Transfer
+
+    def take(self, copies: int, members: slice, lead: int) -> "MapChunk":
+        """The same for some of `copies` memories that run together: rows of a first map, else whole maps."""
+
+        def rows(x: Tensor | None, dim: int) -> Tensor | None:
+            if x is None:
+                return None
+            if lead:
+                return x[:, :, members]
+            size = x.shape[dim] // copies
+            start, stop, _ = members.indices(copies)
+            return x.narrow(dim, start * size, (stop - start) * size)
+
+        weight, writes = rows(self.weight, -2), rows(self.writes, -1)
+        assert weight is not None and writes is not None
+        inputs = self.inputs[:, :, members] if lead else self.inputs
+        return MapChunk(weight, rows(self.buffer, -2), inputs, writes, rows(self.erased, -1), self.carry)
+
+
+def _from_start(stand: Stand, weight: Tensor, buffer: Tensor | None, x: Tensor) -> Tensor:
+    """What the chunk's start alone answers to x [..., c, in]: (b_t W + f_t S) x_t."""
+    answer = x @ weight.mT
+    if stand.start_kept is not None:
+        answer = answer * stand.start_kept[..., None]
+    if buffer is not None:
+        assert stand.start_read is not None
+        answer = torch.addcmul(answer, x @ buffer.mT, stand.start_read[..., None])
+    return answer
+
+
+def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor) -> MapChunk:
+    """A chunk of writes whose errors [..., c, out] are known: taken at the chunk's anchor."""
+    writes = errors * plan.write[..., None]
+    chunk = MapChunk(weight, plan.buffer, inputs, writes, None, carry)
+    if plan.erase is None:
+        return chunk
+    scores = inputs @ inputs.mT
+    known = _from_start(carry.before, weight, plan.buffer, inputs) - (scores * carry.before.written) @ writes
+    # (1 + scores B diag(erase)) r = known
+    system = scores * carry.before.kept * plan.erase[..., None, :]
+    seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    return chunk._replace(erased=seen * plan.erase[..., None])
+
+
+def write_exact(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, values: Tensor, slope: float) -> MapChunk:
+    """A chunk of writes whose errors slope * W_{t-1} x_t - v_t are taken at every token's own weights."""
+    scores = inputs @ inputs.mT
+    written = scores * carry.before.written
+    known = _from_start(carry.before, weight, plan.buffer, inputs) + written @ (values * plan.write[..., None])
+    system = slope * written * plan.write[..., None, :]
+    if plan.erase is not None:
+        system = system + scores * carry.before.kept * plan.erase[..., None, :]
+    seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    writes = (slope * seen - values) * plan.write[..., None]
+    erased = None if plan.erase is None else seen * plan.erase[..., None]
+    return MapChunk(weight, plan.buffer, inputs, writes, erased, carry)
+
+
+def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
+    """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
+    stand = chunk.carry.before if before else chunk.carry.after
+    answer = _from_start(stand, chunk.weight, chunk.buffer, queries)
+    scores = queries @ chunk.inputs.mT
+    if chunk.erased is None:
+        return answer - (scores * stand.written) @ chunk.writes
+    if stand.written is stand.kept:
+        return answer - (scores * stand.kept) @ (chunk.writes + chunk.erased)
+    return answer - (scores * stand.written) @ chunk.writes - (scores * stand.kept) @ chunk.erased
+
+
+def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
+    """W and S after the last token of the chunk."""
+    stand, weight = chunk.carry.after, chunk.weight
+    if stand.start_kept is not None:
+        weight = weight * stand.start_kept[..., -1:, None]
+    if chunk.buffer is not None:
+        assert stand.start_read is not None
+        weight = weight + chunk.buffer * stand.start_read[..., -1:, None]
+    change = chunk.writes * stand.written[..., -1, :, None]
+    if chunk.erased is not None:
+        change = change + chunk.erased * stand.kept[..., -1, :, None]
+    weight = weight - change.mT @ chunk.inputs
+    if chunk.buffer is None:
+        return weight, None
+    assert chunk.carry.decayed is not None and chunk.carry.start_decayed is not None
+    fresh = (chunk.writes * chunk.carry.decayed[..., None]).mT @ chunk.inputs
+    return weight, chunk.buffer * chunk.carry.start_decayed[..., None, None] - fresh

@@ -1,0 +1,116 @@
+"""A memory as a layer: keys, values, queries and gates projected from the tokens. Titans and its kin."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.memory.retention import decay
+from nestling.memory.rule import Gates, Rule, momentum, normalize, retain
+
+from .convolution import ShortConvolution
+from .layout import Layout, Piece, lay_out
+from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
+from .scan import Memory, MemoryState, States, Writes, scan
+
+
+class SequenceState(NamedTuple):
+    """What a sequence layer remembers of the document it is in. phase: tokens since its chunk opened [b]."""
+
+    phase: Tensor
+    tail: Tensor  # the convolution's last inputs [b, width - 1, 3 d]
+    memory: MemoryState
+
+
+@dataclass(frozen=True, repr=False)
+class sequence_memory(Memory, Mixer):
+    """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`."""
+
+    rule: Rule = retain(decay(), momentum(normalize()))
+    convolution: int = 4
+
+    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SequenceMemory":
+        return SequenceMemory(dim, heads, self, generator)
+
+
+class SequenceMemory(MixerModule):
+    """One memory a head, written and read token by token, with learned projections around it.
+
+    k, v, q = heads of SiLU(convolution(W x)), k and q L2-normalised; step size = bound * sigmoid, momentum =
+    sigmoid, log retention = log sigmoid of projections, one each a head and token; y = what the memory reads
+    for q, through norm, gate and output projection. The initial weights are parameters: the outer loss learns
+    them through every write. x [b, t, d] -> [b, t, d]. Sources: Titans 3 and 4.4; Miras. Oracle: memory.naive.
+    Raises ValueError when heads do not divide dim, or parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        memory: sequence_memory = sequence_memory(),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_width(dim, heads)
+        self.heads, self.memory = heads, memory
+        head_dim = dim // heads
+        self.qkv = linear(3 * dim, dim, generator)
+        self.convolution = ShortConvolution(3 * dim, memory.convolution)
+        self.gates = linear(3 * heads, dim, generator, bias=True, gain=0.3)
+        with torch.no_grad():
+            self.gates.bias[2 * heads :].fill_(5.0)  # retention starts at 0.993 a token
+        self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator))
+        self.output = Output(dim, heads, generator)
+        self.step_bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
+
+    def init_state(self, batch: int) -> SequenceState:
+        weights = tuple(weight.expand(batch, *weight.shape) for weight in self.start)
+        phase = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
+        return SequenceState(phase, self.convolution.init_state(batch), self.memory.begin(weights))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: SequenceState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, SequenceState]:
+        start = self.init_state(x.shape[0])
+        state = start if state is None else state
+        if x.shape[1] == 0:
+            return x, state
+        layout = lay_out(state.phase, x.shape[1], (self.memory.chunk,), reset, valid)
+        mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
+        raw = layout.spread(self.gates(x))
+        y, memory = self._scan(mixed, raw, layout, state.memory, start.memory)
+        y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
+        return self.output(y, x), SequenceState(layout.phase, tail, memory)
+
+    def _scan(
+        self, mixed: Tensor, raw: Tensor, layout: Layout, state: MemoryState, start: MemoryState
+    ) -> tuple[Tensor, MemoryState]:
+        with torch.autocast(mixed.device.type, enabled=False):
+            mixed = F.silu(mixed.to(self.start[0].dtype))
+            queries, keys, values = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
+            queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+            gates = self.make_gates(raw.to(self.start[0].dtype))
+
+            def step(piece: Piece, states: States) -> tuple[Tensor, States]:
+                at = slice(piece.start, piece.stop)
+                opened = self.memory.open(states[0], piece.opens[0])
+                here = Gates(*(gate[..., at] for gate in gates))
+                present = None if layout.valid is None else layout.valid[:, at]
+                pairs = Writes(keys[..., at, :], values[..., at, :], here, present)
+                y, after = self.memory.run(opened, pairs, queries[..., at, :])
+                return y, (after,)
+
+            y, (memory,) = scan(layout, (state,), (start,), step)
+        return y, memory
+
+    def make_gates(self, raw: Tensor) -> Gates:
+        """Raw gates [b, t, 3 h] -> step size, momentum and log retention, each [b, h, t]."""
+        step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
+        return Gates(self.step_bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention))

@@ -1,0 +1,90 @@
+"""Mixers: what stands in a block where a Transformer has attention. Here their common parts and expressions."""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.memory.part import Part
+
+
+class Mixer(Part, family=True):
+    """The expression of a mixer: what it is made of, without its weights."""
+
+    @abstractmethod
+    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MixerModule":
+        """The module for a model of width `dim` with `heads` heads, initialised from the generator."""
+
+
+class MixerModule(nn.Module):
+    """A mixer with its weights: y, state = mixer(x, state). The state is all that it remembers."""
+
+    def init_state(self, batch: int) -> Any:
+        """The state at the start of a document, for `batch` rows."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        state: Any = None,
+        *,
+        reset: Bool[Tensor, "b t"] | None = None,
+        valid: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], Any]:
+        """x [b, t, d] and the state so far -> y [b, t, d] and the state after it. `reset` marks the tokens that
+        start a document; tokens that are not `valid` are padding: they change nothing, and their y is void."""
+        raise NotImplementedError
+
+
+def linear(
+    rows: int, columns: int, generator: torch.Generator | None, *, bias: bool = False, gain: float = 1.0
+) -> nn.Linear:
+    """A linear map columns -> rows with weights of standard deviation gain / sqrt(columns), bias 0."""
+    layer = nn.Linear(columns, rows, bias=bias)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator).mul_(gain / math.sqrt(columns))
+        if bias:
+            layer.bias.zero_()
+    return layer
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[b, t, h * k] -> [b, h, t, k]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[b, h, t, k] -> [b, t, h * k]."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class Output(nn.Module):
+    """RMS norm by head, a SiLU gate from the layer's input, and the output projection (Titans 4.4)."""
+
+    def __init__(self, dim: int, heads: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(dim))
+        self.gate = linear(dim, dim, generator)
+        self.project = linear(dim, dim, generator)
+        self.head_dim = dim // heads
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [b, h, t, k] and the layer's input x [b, t, d] -> [b, t, d]."""
+        normed = merge_heads(F.rms_norm(y, (self.head_dim,), eps=1e-6)) * self.norm
+        return self.project(normed * F.silu(self.gate(x)))
+
+
+def step_bound(chunk: int, key_dim: int, safety: float = 1.5) -> float:
+    """The largest step that the gate allows: safety / (1 + C/d + 2 sqrt(C/d)), the inverse of the largest
+    eigenvalue expected of a sum of C random unit keys' outer products, times `safety` (spec: memory 5.2)."""
+    ratio = chunk / key_dim
+    return safety / (1.0 + ratio + 2.0 * math.sqrt(ratio))
+
+
+def check_width(dim: int, heads: int) -> None:
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim {dim} is not a multiple of heads {heads}")

@@ -1,0 +1,258 @@
+"""Run one memory over tokens: state, and the recurrent and the chunked way of writing and reading it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.attentional_bias import AttentionalBias, l2
+from nestling.memory.retention import decay
+from nestling.memory.rule import ChunkEnd, Gates, Pairs, Plan, Rule, delta_gradient_descent, momentum, retain
+from nestling.memory.state import select
+from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
+
+from . import chunk as chunks
+from .layout import Layout, Piece
+
+
+class MemoryState(NamedTuple):
+    """A memory in the middle of a document: it can be stopped and gone on with at any token.
+
+    anchor: the weights at which this chunk's gradients are taken, each [b, h, out, in]; () where every token's
+    own weights serve. running: the weights as they stand. rule: the rule's state for each linear map.
+    """
+
+    anchor: Weights
+    running: Weights
+    rule: tuple[Any, ...]
+
+
+States = tuple[MemoryState, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Memory:
+    """Miras' four choices, and when gradients are taken and reads are made: everything but the weights.
+
+    structure, attentional_bias, rule: the parts. gradient_at="token": at every token's own weights, W_{t-1}; the chunk is
+    then only how the work is split. gradient_at="chunk": errors and layer inputs frozen at the weights on which
+    the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its own
+    write; "before": as they stood before it; "boundary": the weights on which its chunk opened (equation 90).
+    way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule.
+    Oracle: `memory.naive`.
+    """
+
+    structure: Structure = mlp()
+    attentional_bias: AttentionalBias = l2()
+    rule: Rule = retain(decay(), delta_gradient_descent(momentum()))
+    chunk: int = 64
+    gradient_at: Literal["token", "chunk"] = "chunk"
+    read: Literal["after", "before", "boundary"] = "after"
+    way: Literal["chunked", "recurrent"] = "chunked"
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.exact and self.way == "chunked":
+            if not isinstance(self.structure, matrix):
+                raise ValueError(
+                    f"gradient_at='token' has a chunked form for matrix() memories only, not for {self.structure}; "
+                    "use gradient_at='chunk' or way='recurrent'"
+                )
+            if self.attentional_bias.slope is None:
+                raise ValueError(
+                    f"gradient_at='token' has a chunked form for biases that are linear in the read, not for "
+                    f"{self.attentional_bias}; use gradient_at='chunk' or way='recurrent'"
+                )
+        if self.exact and self.read == "boundary":
+            raise ValueError("read='boundary' needs gradient_at='chunk': at every token there is no boundary")
+
+    @property
+    def exact(self) -> bool:
+        return self.gradient_at == "token"
+
+    def begin(self, weights: Weights) -> MemoryState:
+        """The state at a document's start, from initial weights [b, h, out, in]."""
+        return MemoryState(() if self.exact else weights, weights, tuple(self.rule.init(w) for w in weights))
+
+    def open(self, state: MemoryState, rows: bool | Tensor) -> MemoryState:
+        """The state with a new chunk opened in `rows`: gradients are taken at the current weights from here."""
+        if self.exact or rows is False:
+            return state
+        opened = MemoryState(state.running, state.running, tuple(self.rule.anchor(s) for s in state.rule))
+        return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
+
+    def at_anchor(self, state: MemoryState, x: Tensor, members: slice | None = None) -> Tensor:
+        """The memory's answer [b, h, c, v] at the weights on which the chunk opened; of memories that run
+        together, [b, h, n, c, v] of the `members` named."""
+        structure, weights = self._members(state.anchor, members)
+        return structure.forward(plain(weights), x)[0]
+
+    def _members(self, weights: Weights, members: slice | None) -> tuple[Structure, Weights]:
+        if members is None:
+            return self.structure, weights
+        assert isinstance(self.structure, together)
+        return self.structure.take(members), self.structure.member_weights(weights, members)
+
+    def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+        """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
+
+        Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state.
+        """
+        return (self._chunked if self.way == "chunked" else self._recurrent)(state, pairs, queries)
+
+    def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        maps, norms = self._write(state, pairs)
+        y = pairs.values
+        if queries is not None and self.read == "boundary":
+            y = self.at_anchor(state, queries, pairs.readers)
+        elif queries is not None:
+            structure, asked, before = self.structure, maps, self.read == "before"
+            if pairs.readers is not None:
+                assert isinstance(structure, together)
+                asked = [
+                    chunk.take(structure.copies, pairs.readers, lead)
+                    for chunk, lead in zip(maps, structure.lead, strict=True)
+                ]
+                structure = structure.take(pairs.readers)
+            y = structure.forward(lambda i, x: chunks.read(asked[i], x, before=before), queries)[0]
+        ends = [chunks.end(chunk) for chunk in maps]
+        rules = tuple(
+            self.rule.close(rule_state, ChunkEnd(buffer, norm.sum(-1)))
+            for rule_state, norm, (_, buffer) in zip(state.rule, norms, ends, strict=True)
+        )
+        return y, MemoryState(state.anchor, tuple(weight for weight, _ in ends), rules)
+
+    def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
+        """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
+        if self.exact:
+            plan, norms = self._plan(pairs, pairs.keys, state.rule[0], 0)
+            slope = self.attentional_bias.slope
+            assert slope is not None
+            carry = chunks.transfer(plan)
+            return [chunks.write_exact(plan, carry, state.running[0], pairs.keys, pairs.values, slope)], [norms]
+        inputs, errors = self._errors(state.anchor, pairs)
+        maps: list[chunks.MapChunk] = []
+        all_norms = []
+        for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
+            lead = self.structure.lead[i]
+            plan, norms = self._plan(pairs, x, state.rule[i], lead)
+            carry = maps[0].carry.lift(lead) if i and plan.read_out is None else chunks.transfer(plan)
+            maps.append(chunks.write_frozen(plan, carry, weight, x, error))
+            all_norms.append(norms)
+        return maps, all_norms
+
+    def _errors(self, weights: Weights, pairs: "Writes") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs of every linear map and errors at its output, with the given weights for all tokens."""
+        x, c = pairs.keys, pairs.keys.shape[-2]
+        if pairs.own_targets:
+            x = torch.cat([x, pairs.values], -2)
+        answers, inputs, outputs = self.structure.forward(plain(weights), x)
+        values = answers[..., c:, :] if pairs.own_targets else pairs.values
+        error = self.attentional_bias.error(answers[..., :c, :], values)
+        outputs = tuple(output[..., :c, :] for output in outputs)
+        return tuple(x[..., :c, :] for x in inputs), self.structure.backward(weights, outputs, error)
+
+    def _plan(self, pairs: "Writes", inputs: Tensor, rule_state: Any, lead: int) -> tuple[Plan, Tensor]:
+        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] with `lead` 1."""
+        gates, counted = pairs.gates, pairs.counted()
+        if lead:
+            gates = Gates(*(gate.unsqueeze(2) if isinstance(gate, Tensor) else gate for gate in gates))
+            counted = None if counted is None else counted.unsqueeze(2)
+        norms = inputs.square().sum(-1)
+        if counted is None:
+            return self.rule.plan(gates, norms, rule_state, self.exact), norms
+        norms = norms * counted
+        plan = self.rule.plan(gates, norms, rule_state, self.exact)
+        # a slot without a token changes nothing: nothing written or erased, all kept, and S not read out
+        read_out = None
+        if plan.momentum is not None:
+            read_out = counted.expand_as(plan.momentum) if plan.read_out is None else plan.read_out * counted
+        plan = Plan(
+            write=plan.write * counted,
+            log_keep=None if plan.log_keep is None else plan.log_keep * counted,
+            momentum=None if plan.momentum is None else plan.momentum * counted + (1.0 - counted),
+            read_out=read_out,
+            erase=None if plan.erase is None else plan.erase * counted,
+            buffer=plan.buffer,
+        )
+        return plan, norms
+
+    def _recurrent(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        reads = []
+        for t in range(pairs.keys.shape[-2]):
+            stepped = self._step(state, pairs.at(t))
+            if pairs.valid is not None:
+                stepped = select(pairs.valid[:, t], stepped, state)
+            if queries is not None:
+                standing = {"after": stepped.running, "before": state.running, "boundary": state.anchor}[self.read]
+                structure, weights = self._members(standing, pairs.readers)
+                reads.append(structure.forward(plain(weights), queries[..., t : t + 1, :])[0])
+            state = stepped
+        return (torch.cat(reads, -2) if reads else pairs.values), state
+
+    def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
+        """One token by the rule itself."""
+        inputs, errors = self._errors(state.running if self.exact else state.anchor, pair)
+        running, rules = [], []
+        for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
+            before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
+            gates = pair.gates
+            if not self.structure.lead[i]:  # [b, h, 1] stands for [b, h, n] where memories run together
+                gates = Gates(*(gate[..., 0] if isinstance(gate, Tensor) else gate for gate in gates))
+            stepped, after = self.rule.step(weight, Pairs(error, x), before, gates)
+            running.append(stepped)
+            rules.append(after)
+        return MemoryState(state.anchor, tuple(running), tuple(rules))
+
+
+class Writes(NamedTuple):
+    """What is written to a memory in one piece, and how.
+
+    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
+    (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
+    on which the chunk opened. readers: of memories that run together, those that are read.
+    """
+
+    keys: Tensor
+    values: Tensor
+    gates: Gates
+    valid: Tensor | None = None
+    own_targets: bool = False
+    readers: slice | None = None
+
+    def at(self, t: int) -> "Writes":
+        """Token t alone."""
+        gates = Gates(*(gate[..., t : t + 1] if isinstance(gate, Tensor) else gate for gate in self.gates))
+        return self._replace(keys=self.keys[..., t : t + 1, :], values=self.values[..., t : t + 1, :], gates=gates)
+
+    def counted(self) -> Tensor | None:
+        """1 where there is a token and 0 where there is none [b, 1, c]."""
+        return None if self.valid is None else self.valid[:, None].to(self.keys.dtype)
+
+
+_CHOICES = {
+    "gradient_at": ("token", "chunk"),
+    "read": ("after", "before", "boundary"),
+    "way": ("chunked", "recurrent"),
+}
+
+
+Step = Callable[[Piece, States], tuple[Tensor, States]]
+
+
+def scan(layout: Layout, states: States, starts: States, step: Step) -> tuple[Tensor, States]:
+    """Go through a layout's pieces: rows that begin a document there take the start states; `step` opens chunks,
+    writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece."""
+    reads = []
+    for piece in layout.pieces:
+        if piece.reset is not None:
+            states = select(piece.reset, starts, states)
+        y, states = step(piece, states)
+        reads.append(y)
+    return torch.cat(reads, -2), states

@@ -1,0 +1,3 @@
+"""Texts and tasks to learn from."""
+
+__all__: list[str] = []

@@ -1,1 +1,17 @@
+"""Levels: memories with their own periods, how they are written while a model reads."""
 
+from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
+from .reading import Reader, ReadingState, ReadOut
+
+__all__ = [
+    "Continuum",
+    "Level",
+    "LevelsState",
+    "ReadOut",
+    "Reader",
+    "ReadingState",
+    "Taps",
+    "begin",
+    "level",
+    "write",
+]

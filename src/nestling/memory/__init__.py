@@ -2,7 +2,7 @@
 
 from .attentional_bias import AttentionalBias, dot, l2
 from .part import Part, all_variants, known, parse
-from .retention import Retention, decay
+from .retention import Retention, decay, decay_to_start
 from .rule import (
     Gates,
     Gradient,
@@ -37,6 +37,7 @@ __all__ = [
     "all_variants",
     "dampen",
     "decay",
+    "decay_to_start",
     "delta_gradient_descent",
     "dot",
     "every",

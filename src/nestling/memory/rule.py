@@ -96,7 +96,7 @@ Gradient = Pairs | Summed
 class Plan(NamedTuple):
     """The scalars of a linear rule for every token of a chunk, [..., c]; None is the neutral value.
 
-    W_t = exp(log_keep_t) W_{t-1} + read_out_t S_t - erase_t (W_{t-1} x_t) x_t^T
+    W_t = a_t W_{t-1} + (1 - a_t) start + read_out_t S_t - erase_t (W_{t-1} x_t) x_t^T,  a = exp(log_keep)
     S_t = momentum_t S_{t-1} - write_t e_t x_t^T        (S is `buffer` before the chunk)
     """
 
@@ -106,6 +106,7 @@ class Plan(NamedTuple):
     read_out: Tensor | None = None
     erase: Tensor | None = None
     buffer: Tensor | None = None
+    start: Tensor | None = None
 
 
 class ChunkEnd(NamedTuple):
@@ -128,7 +129,8 @@ def _per_token(gate: Tensor | float, like: Tensor) -> Tensor:
 class Rule(Part, family=True):
     """How one linear map learns. Pure: nothing given is changed in place."""
 
-    needs_inputs: bool = False
+    needs_inputs: bool = False  # of a map's inputs, more than the gradient
+    scales_buffer: bool = False  # a step size outside of a momentum
 
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
@@ -155,7 +157,7 @@ class Rule(Part, family=True):
 class Additive(Rule, abstract=True):
     """A rule that keeps some of the weight and adds an update to it."""
 
-    def keep(self, weight: Tensor, gates: Gates) -> Tensor:
+    def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         return weight
 
     @abstractmethod
@@ -163,12 +165,14 @@ class Additive(Rule, abstract=True):
         """What is added to the kept weight, and the new state."""
 
     def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.update(weight, gradient, state, gates)
-        return self.keep(weight, gates) + added, state
+        added, after = self.update(weight, gradient, state, gates)
+        return self.keep(weight, state, gates) + added, after
 
 
 class Direction(Additive, abstract=True):
     """An additive rule whose update is linear in the gradients and blind to the weight: it can be wrapped."""
+
+    buffered: bool = False  # is there a momentum in it
 
 
 def _require(owner: str, value: Any, kind: type, why: str) -> None:
@@ -193,6 +197,10 @@ class _wrapper(Direction, abstract=True):
 
     of: Direction
 
+    @property
+    def buffered(self) -> bool:  # type: ignore[override]
+        return self.of.buffered
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         _require(name, self.of, Direction, f"{name} wraps a direction; put keepers and clocks outside of it")
@@ -200,6 +208,10 @@ class _wrapper(Direction, abstract=True):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return self.of.needs_inputs
+
+    @property
+    def scales_buffer(self) -> bool:  # type: ignore[override]
+        return self.of.scales_buffer
 
     def init(self, weight: Tensor) -> State:
         return self.of.init(weight)
@@ -214,6 +226,10 @@ class _wrapper(Direction, abstract=True):
 @dataclass(frozen=True, repr=False)
 class scale(_wrapper):
     """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
+
+    @property
+    def scales_buffer(self) -> bool:  # type: ignore[override]
+        return self.of.buffered
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
@@ -302,6 +318,7 @@ class momentum(_wrapper):
     """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33."""
 
     of: Direction = gradient_descent()
+    buffered = True  # type: ignore[assignment]
 
     def init(self, weight: Tensor) -> State:
         return MomentumState(torch.zeros_like(weight), self.of.init(weight))
@@ -338,6 +355,10 @@ class delta_gradient_descent(Additive):
     of: Direction = gradient_descent()
     needs_inputs = True  # type: ignore[assignment]
 
+    @property
+    def scales_buffer(self) -> bool:  # type: ignore[override]
+        return self.of.scales_buffer
+
     def __post_init__(self) -> None:
         why = "delta_gradient_descent wraps a direction, as in delta_gradient_descent(momentum())"
         _require("delta_gradient_descent", self.of, Direction, why)
@@ -362,6 +383,11 @@ class delta_gradient_descent(Additive):
         return self.of.close(state, end)
 
 
+class RetainState(NamedTuple):
+    start: Tensor | None  # the weight at the document's start, where the retention gate remembers it
+    of: State
+
+
 @dataclass(frozen=True, repr=False)
 class retain(Additive):
     """W <- (what `retention` keeps of W) + (update of `of`, its gradient taken at the undecayed weights).
@@ -381,24 +407,29 @@ class retain(Additive):
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return self.of.needs_inputs
 
+    @property
+    def scales_buffer(self) -> bool:  # type: ignore[override]
+        return self.of.scales_buffer
+
     def init(self, weight: Tensor) -> State:
-        return self.of.init(weight)
+        return RetainState(weight if self.retention.remembers_start else None, self.of.init(weight))
 
     def anchor(self, state: State) -> State:
-        return self.of.anchor(state)
+        return RetainState(state.start, self.of.anchor(state.of))
 
-    def keep(self, weight: Tensor, gates: Gates) -> Tensor:
-        return self.retention.keep(weight, gates.log_retention)
+    def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
+        return self.retention.keep(weight, state.start, gates.log_retention)
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        return self.of.update(weight, gradient, state, gates)
+        added, inner = self.of.update(weight, gradient, state.of, gates)
+        return added, RetainState(state.start, inner)
 
     def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, squared_norms, state, exact)
-        return plan._replace(log_keep=_per_token(gates.log_retention, squared_norms))
+        plan = self.of.plan(gates, squared_norms, state.of, exact)
+        return plan._replace(log_keep=_per_token(gates.log_retention, squared_norms), start=state.start)
 
     def close(self, state: State, end: ChunkEnd) -> State:
-        return self.of.close(state, end)
+        return RetainState(state.start, self.of.close(state.of, end))
 
 
 class EveryState(NamedTuple):

@@ -1,8 +1,10 @@
 """What a model is, as data: the expression from which it is built, saved and explained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from nestling.levels.continuum import level
+from nestling.memory import known
 from nestling.sequence import Mixer, self_modifying
 
 
@@ -13,7 +15,7 @@ class ModelConfig:
     vocabulary: int = 256  # bytes
     dim: int = 128
     heads: int = 4
-    blocks: int = 3
+    blocks: int = 2
     mixer: Mixer = self_modifying()
     levels: tuple[level, ...] = (level(128), level(512), level(2048))  # fast to slow
 
@@ -24,7 +26,32 @@ class ModelConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads = {self.heads}, got {self.dim}")
         if not self.levels:
-            raise ValueError("levels must name at least one level, such as level(period=inf)")
+            raise ValueError("levels must name at least one level, such as level(inf)")
         periods = [lvl.period for lvl in self.levels]
         if periods != sorted(periods):
             raise ValueError(f"levels must be listed fast to slow, got periods {periods}")
+
+
+def hope(**changes: Any) -> ModelConfig:
+    """Hope: self-modifying Titans followed by a continuum of levels at 128, 512 and 2,048 tokens."""
+    return replace(ModelConfig(), **changes)
+
+
+def small(**changes: Any) -> ModelConfig:
+    """Hope, narrower: for a first look on a slow machine."""
+    return replace(ModelConfig(dim=64, heads=2), **changes)
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """Hope at the size of a test: one block of width 32."""
+    mixer = self_modifying(chunk=16, projection_chunk=16)
+    levels = (level(32), level(64))
+    return replace(ModelConfig(dim=32, heads=2, blocks=1, mixer=mixer, levels=levels), **changes)
+
+
+PRESETS = {"hope": hope, "small": small, "tiny": tiny}
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """The configuration of a preset with some fields changed. An unknown name lists the known ones."""
+    return known(name, PRESETS, "preset")(**changes)

@@ -74,7 +74,10 @@ class SlidingAttention(MixerModule):
         layout = lay_out(phase, x.shape[1], (1,), reset, valid)
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
         q, k, v = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
-        y, cache = [], (state.keys, state.values, state.exists)
+        exists = state.exists
+        if layout.begins is not None:
+            exists = exists & ~layout.begins[:, None]
+        y, cache = [], (state.keys, state.values, exists)
         for first in range(0, q.shape[2], self.window):
             at = slice(first, first + self.window)
             here, cache = self._block(q[:, :, at], k[:, :, at], v[:, :, at], cache, layout.valid, layout.document, at)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nestling.memory.rule import Plan
 
@@ -63,13 +64,16 @@ class Stand(NamedTuple):
 def _products(log_gates: Tensor) -> tuple[Tensor, Tensor]:
     """prod_{j<l<=t} [..., c, c], zero above the diagonal, and prod_{l<=t} [..., c], from logs [..., c].
 
-    Differences of sums are taken in float64, so that small gates before j cost no precision after it.
+    Differences of sums are taken in float64, so that small gates before j cost no precision after it. Products
+    too small to matter are exactly zero: denormal numbers would make a CPU many times slower.
     """
     total = log_gates.double().clamp(min=_LOG_ZERO).cumsum(-1)
     between = (total[..., :, None] - total[..., None, :]).to(log_gates.dtype)
     c = log_gates.shape[-1]
     above = torch.ones(c, c, dtype=torch.bool, device=log_gates.device).triu(1)
-    return between.masked_fill(above, -torch.inf).exp(), total.to(log_gates.dtype).exp()
+    products = between.masked_fill(above, -torch.inf).exp()
+    least = torch.finfo(log_gates.dtype).eps ** 2
+    return F.threshold(products, least, 0.0), F.threshold(total.to(log_gates.dtype).exp(), least, 0.0)
 
 
 def transfer(plan: Plan) -> Transfer:
@@ -111,6 +115,7 @@ class MapChunk(NamedTuple):
 
     weight: Tensor  # W before the chunk [..., out, in]
     buffer: Tensor | None  # S before the chunk
+    start: Tensor | None  # the weight that retention returns to, where it does
     inputs: Tensor  # x [..., c, in]
     writes: Tensor  # write_j e_j [..., c, out]
     erased: Tensor | None  # erase_j r_j [..., c, out]
@@ -131,28 +136,30 @@ class MapChunk(NamedTuple):
         weight, writes = rows(self.weight, -2), rows(self.writes, -1)
         assert weight is not None and writes is not None
         inputs = self.inputs[:, :, members] if lead else self.inputs
-        return MapChunk(weight, rows(self.buffer, -2), inputs, writes, rows(self.erased, -1), self.carry)
+        buffer, start = rows(self.buffer, -2), rows(self.start, -2)
+        return MapChunk(weight, buffer, start, inputs, writes, rows(self.erased, -1), self.carry)
 
 
-def _from_start(stand: Stand, weight: Tensor, buffer: Tensor | None, x: Tensor) -> Tensor:
-    """What the chunk's start alone answers to x [..., c, in]: (b_t W + f_t S) x_t."""
+def _from_start(stand: Stand, weight: Tensor, plan: "Plan | MapChunk", x: Tensor) -> Tensor:
+    """What stood before the chunk answers to x [..., c, in]: (b_t W + (1 - b_t) start + f_t S) x_t."""
     answer = x @ weight.mT
     if stand.start_kept is not None:
-        answer = answer * stand.start_kept[..., None]
-    if buffer is not None:
+        kept = stand.start_kept[..., None]
+        answer = answer * kept if plan.start is None else torch.lerp(x @ plan.start.mT, answer, kept)
+    if plan.buffer is not None:
         assert stand.start_read is not None
-        answer = torch.addcmul(answer, x @ buffer.mT, stand.start_read[..., None])
+        answer = torch.addcmul(answer, x @ plan.buffer.mT, stand.start_read[..., None])
     return answer
 
 
 def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor) -> MapChunk:
     """A chunk of writes whose errors [..., c, out] are known: taken at the chunk's anchor."""
     writes = errors * plan.write[..., None]
-    chunk = MapChunk(weight, plan.buffer, inputs, writes, None, carry)
+    chunk = MapChunk(weight, plan.buffer, plan.start, inputs, writes, None, carry)
     if plan.erase is None:
         return chunk
     scores = inputs @ inputs.mT
-    known = _from_start(carry.before, weight, plan.buffer, inputs) - (scores * carry.before.written) @ writes
+    known = _from_start(carry.before, weight, plan, inputs) - (scores * carry.before.written) @ writes
     # (1 + scores B diag(erase)) r = known
     system = scores * carry.before.kept * plan.erase[..., None, :]
     seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
@@ -163,20 +170,20 @@ def write_exact(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, val
     """A chunk of writes whose errors slope * W_{t-1} x_t - v_t are taken at every token's own weights."""
     scores = inputs @ inputs.mT
     written = scores * carry.before.written
-    known = _from_start(carry.before, weight, plan.buffer, inputs) + written @ (values * plan.write[..., None])
+    known = _from_start(carry.before, weight, plan, inputs) + written @ (values * plan.write[..., None])
     system = slope * written * plan.write[..., None, :]
     if plan.erase is not None:
         system = system + scores * carry.before.kept * plan.erase[..., None, :]
     seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     writes = (slope * seen - values) * plan.write[..., None]
     erased = None if plan.erase is None else seen * plan.erase[..., None]
-    return MapChunk(weight, plan.buffer, inputs, writes, erased, carry)
+    return MapChunk(weight, plan.buffer, plan.start, inputs, writes, erased, carry)
 
 
 def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
     stand = chunk.carry.before if before else chunk.carry.after
-    answer = _from_start(stand, chunk.weight, chunk.buffer, queries)
+    answer = _from_start(stand, chunk.weight, chunk, queries)
     scores = queries @ chunk.inputs.mT
     if chunk.erased is None:
         return answer - (scores * stand.written) @ chunk.writes
@@ -189,7 +196,8 @@ def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
     """W and S after the last token of the chunk."""
     stand, weight = chunk.carry.after, chunk.weight
     if stand.start_kept is not None:
-        weight = weight * stand.start_kept[..., -1:, None]
+        kept = stand.start_kept[..., -1:, None]
+        weight = weight * kept if chunk.start is None else torch.lerp(chunk.start, weight, kept)
     if chunk.buffer is not None:
         assert stand.start_read is not None
         weight = weight + chunk.buffer * stand.start_read[..., -1:, None]

@@ -32,6 +32,8 @@ class ShortConvolution(nn.Module):
         if back == 0 or x.shape[1] == 0:
             return (x * self.weight[:, 0] if back == 0 else x), tail
         if layout.document is None:
+            if layout.begins is not None:
+                tail = torch.where(layout.begins[:, None, None], 0.0, tail)
             extended = torch.cat([tail.to(x.dtype), x], 1)
             y = F.conv1d(extended.mT, self.weight[:, None], groups=x.shape[-1]).mT
             return y, extended[:, -back:]

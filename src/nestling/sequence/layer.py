@@ -102,7 +102,7 @@ class SequenceMemory(MixerModule):
                 at = slice(piece.start, piece.stop)
                 opened = self.memory.open(states[0], piece.opens[0])
                 here = Gates(*(gate[..., at] for gate in gates))
-                present = None if layout.valid is None else layout.valid[:, at]
+                present = layout.present(piece)
                 pairs = Writes(keys[..., at, :], values[..., at, :], here, present)
                 y, after = self.memory.run(opened, pairs, queries[..., at, :])
                 return y, (after,)

@@ -25,6 +25,7 @@ class Layout(NamedTuple):
 
     pieces: tuple[Piece, ...]
     phase: Tensor  # tokens since the last chunk of the largest size opened, after this call [b]
+    begins: Tensor | None  # rows whose first token starts a document, where the layout needs no slots [b]
     source: Tensor | None  # the token in each slot [b, s]; None: slot = token
     slot: Tensor | None  # the slot of each token [b, t]
     valid: Tensor | None  # slots that hold a token [b, s]
@@ -38,6 +39,13 @@ class Layout(NamedTuple):
             return x
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[rows, self.source] * self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    def present(self, piece: Piece) -> Tensor | None:
+        """The slots of a piece that hold a token [b, c]; None where all do."""
+        if self.valid is None:
+            return None
+        found = self.valid[:, piece.start : piece.stop]
+        return None if bool(found.all()) else found
 
     def gather(self, y: Tensor) -> Tensor:
         """[b, s, ...] by slot -> [b, t, ...] by token."""
@@ -64,9 +72,12 @@ def lay_out(
         reset = None
     if valid is not None and bool(valid.all()):
         valid = None
-    phases = phase.tolist()
-    if reset is None and valid is None and len(set(phases)) == 1:
-        return _uniform(phase, length, chunks, frame, phases[0])
+    if valid is None and (reset is None or not bool(reset[:, 1:].any())):
+        begins = None if reset is None else reset[:, 0]
+        started = phase if begins is None else torch.where(begins, torch.zeros_like(phase), phase)
+        phases = started.tolist()
+        if len(set(phases)) == 1:
+            return _uniform(started, length, chunks, frame, phases[0], begins)
     return _general(phase, length, chunks, frame, reset, valid)
 
 
@@ -74,14 +85,16 @@ def _cuts(first: int, stop: int, step: int) -> list[int]:
     return [first, *range(first // step * step + step, stop, step)]
 
 
-def _uniform(phase: Tensor, length: int, chunks: tuple[int, ...], frame: int, first: int) -> Layout:
+def _uniform(
+    phase: Tensor, length: int, chunks: tuple[int, ...], frame: int, first: int, begins: Tensor | None
+) -> Layout:
     starts = _cuts(first, first + length, min(chunks)) if length else []
     stops = [*starts[1:], first + length]
     pieces = tuple(
-        Piece(start - first, stop - first, tuple(start % chunk == 0 for chunk in chunks), None)
+        Piece(start - first, stop - first, tuple(start % chunk == 0 for chunk in chunks), begins if start == first else None)
         for start, stop in zip(starts, stops, strict=False)
     )
-    return Layout(pieces, (phase + length) % frame, None, None, None, None, None, None)
+    return Layout(pieces, (phase + length) % frame, begins, None, None, None, None, None, None)
 
 
 def _general(
@@ -128,4 +141,4 @@ def _general(
     stop = torch.where(last >= 0, last + 1, first)
     source, filled, in_slot = source[:, :total], filled[:, :total], in_slot[:, :total]
     in_slot = in_slot.cummax(1).values if total else in_slot  # an empty slot belongs with what stands before it
-    return Layout(tuple(pieces), after, source, slot, filled, in_slot, first, stop)
+    return Layout(tuple(pieces), after, None, source, slot, filled, in_slot, first, stop)

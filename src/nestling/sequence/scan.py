@@ -137,12 +137,13 @@ class Memory:
             carry = chunks.transfer(plan)
             return [chunks.write_exact(plan, carry, state.running[0], pairs.keys, pairs.values, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
+        shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
         all_norms = []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             lead = self.structure.lead[i]
             plan, norms = self._plan(pairs, x, state.rule[i], lead)
-            carry = maps[0].carry.lift(lead) if i and plan.read_out is None else chunks.transfer(plan)
+            carry = maps[0].carry.lift(lead) if i and shared else chunks.transfer(plan)
             maps.append(chunks.write_frozen(plan, carry, weight, x, error))
             all_norms.append(norms)
         return maps, all_norms
@@ -180,6 +181,7 @@ class Memory:
             read_out=read_out,
             erase=None if plan.erase is None else plan.erase * counted,
             buffer=plan.buffer,
+            start=plan.start,
         )
         return plan, norms
 

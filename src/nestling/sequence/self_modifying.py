@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.retention import decay
+from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, dampen, delta_gradient_descent, momentum, retain
 from nestling.memory.structure import Weights, matrix, mlp, together
 
@@ -22,7 +22,7 @@ class self_modifying(Memory, Mixer):
     """The expression of `SelfModifying`. chunk: of the main memory; projection_chunk: of the memories for k, v,
     step size and retention (one must divide the other)."""
 
-    rule: Rule = retain(decay(), delta_gradient_descent(momentum(dampen())))
+    rule: Rule = retain(decay_to_start(), delta_gradient_descent(momentum(dampen())))
     projection_chunk: int = 64
     convolution: int = 4
 
@@ -149,7 +149,7 @@ class SelfModifying(MixerModule):
 
             def step(piece: Piece, states: States) -> tuple[Tensor, States]:
                 at = slice(piece.start, piece.stop)
-                present = None if layout.valid is None else layout.valid[:, at]
+                present = layout.present(piece)
                 opens = piece.opens if len(states) == 2 else piece.opens[:1]
                 opened = [m.open(s, o) for m, s, o in zip(self.memories, states, opens, strict=True)]
                 k, v, gates, near = self.project(opened[0], u[..., at, :], kept[..., at])

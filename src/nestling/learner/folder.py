@@ -1,0 +1,106 @@
+"""A model's folder: what training wrote, and the life that goes on from it.
+
+DIR/train/N/  config.json, model.safetensors and what the next training step needs, after N steps
+DIR/life/N/   levels.safetensors, sequence.safetensors, life.json, after N tokens were read
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nestling.levels import LevelsState, Reader, ReadingState
+from nestling.memory.state import flatten, unflatten
+from nestling.models import Decoder, ModelConfig
+from nestling.models.data import from_data, to_data
+
+from .files import Generation, newest, read_generation, write_generation
+
+FORMAT = 1
+
+
+class SavedModel(NamedTuple):
+    """A model read from its folder, its hash, and the generation that it came from."""
+
+    model: Decoder
+    hash: str
+    generation: Generation
+
+
+def model_hash(model: Decoder) -> str:
+    """What a life says that it fits: a digest of the model's expression and weights."""
+    digest = hashlib.sha256(json.dumps(to_data(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_training(directory: Path) -> Path:
+    """The newest training checkpoint. Raises ValueError where there is none."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder")
+    folder = newest(directory / "train")
+    if folder is None:
+        raise ValueError(f"{directory}: not a model folder (it has no train/ with a checkpoint in it)")
+    return folder
+
+
+def load_model(directory: Path) -> SavedModel:
+    """The model of a folder that `nestling train --out` made. Raises ValueError naming what does not fit."""
+    folder = find_training(directory)
+    generation = read_generation(folder)
+    for name in ("config", "model"):
+        if name not in generation.data and name not in generation.tensors:
+            raise ValueError(f"{folder}: {name}.{'json' if name == 'config' else 'safetensors'} is missing")
+    saved = generation.data["config"]
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{folder}/config.json: format {saved.get('format')!r}; this version reads {FORMAT}")
+    model = Decoder(from_data(ModelConfig, saved["model"], path=f"{folder}/config.json: model"))
+    try:
+        model.load_state_dict(generation.tensors["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder}/model.safetensors does not fit config.json: {error}") from None
+    return SavedModel(model, model_hash(model), generation)
+
+
+def open_life(directory: Path, saved: SavedModel, reader: Reader) -> ReadingState:
+    """The life that was last saved in a folder; one that begins, where there is none yet."""
+    folder = newest(directory / "life")
+    start = reader.begin()
+    if folder is None:
+        return start
+    life = read_generation(folder)
+    facts = life.data.get("life", {})
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{folder}/life.json: format {facts.get('format')!r}; this version reads {FORMAT}")
+    if facts.get("model") != saved.hash:
+        raise ValueError(
+            f"{folder}: a life of model {facts.get('model')}, but the model in {directory} is {saved.hash}; "
+            "train into another folder, or move life/ away"
+        )
+    levels: LevelsState = unflatten(start.levels, life.tensors["levels"])
+    between = start._replace(levels=levels, position=torch.tensor(facts["position"]))
+    sequence = life.tensors["sequence"]
+    return between._replace(
+        segment=sequence["segment"],
+        logits=sequence["logits"],
+        before=unflatten(start.before, sequence, "before."),
+        now=unflatten(start.now, sequence, "now."),
+    )
+
+
+def save_life(directory: Path, saved: SavedModel, state: ReadingState, facts: dict[str, Any]) -> Path:
+    """Write a life, levels and sequence state each in a file of their own, in one atomic step."""
+    sequence = {"segment": state.segment, "logits": state.logits}
+    sequence |= flatten(state.before, "before.") | flatten(state.now, "now.")
+    position = int(state.position)
+    about = {"format": FORMAT, "model": saved.hash, "position": position, **facts}
+    contents = {
+        "levels.safetensors": flatten(state.levels),
+        "sequence.safetensors": sequence,
+        "life.json": json.dumps(about, indent=2),
+    }
+    return write_generation(directory / "life", position, contents)

@@ -1,0 +1,206 @@
+"""Reading: predict, then learn. How the levels of a model get their errors from nothing but the text itself.
+
+The graph is cut at absolute positions of the stream: every `segment` tokens and at every level's tick. When the
+token at a cut arrives, the losses of all positions before it are known; the levels are then written with the
+segment's gradient, and only then is that token processed. Where calls begin and end makes no difference.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.memory.state import detach
+from nestling.memory.structure import Weights
+
+from .continuum import LevelsState, Taps, begin, level, write
+
+
+class LevelledModel(Protocol):
+    """What reading needs of a model."""
+
+    @property
+    def levels(self) -> tuple[level, ...]: ...
+    def level_weights(self) -> tuple[Weights, ...]: ...
+    def init_state(self, batch: int) -> Any: ...
+    def __call__(
+        self,
+        tokens: Tensor,
+        state: Any = None,
+        *,
+        weights: tuple[Weights, ...] | None = None,
+        taps: list[Taps] | None = None,
+    ) -> tuple[Tensor, Any]: ...
+
+
+class ReadingState(NamedTuple):
+    """A reader in the middle of a stream.
+
+    levels: weights, clocks and accumulators. position: tokens that have arrived. segment: those that arrived
+    since the last cut, int64 [n]. before: the sequence state at that cut; now: after the last token; logits: the
+    prediction of the next token [V] (empty before the first).
+    """
+
+    levels: LevelsState
+    position: Tensor
+    segment: Tensor
+    before: Any
+    now: Any
+    logits: Tensor
+
+
+class ReadOut(NamedTuple):
+    """What reading some tokens gave. nll: nats of each token, predicted before it was learned from [n] (the very
+    first of a stream has no prediction: nan). moved: at every cut, its position and by how much each level's
+    weights moved (root mean square over the weights), float64 [cuts, 1 + levels]."""
+
+    nll: Tensor
+    moved: Tensor
+
+
+def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
+    """The first cut after `position`: the next multiple of the segment length or of a period."""
+    steps = [segment, *(int(period) for period in periods if period != math.inf)]
+    return min(position // step * step + step for step in steps)
+
+
+_BLOCK = 2048  # tokens of one forward pass where no cut asks for less
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a stream of one row with a model and, if `learning`, lets its levels learn from it.
+
+    segment: tokens between cuts; None for the fastest period. The model itself is not changed: the levels'
+    weights live in the state. Deterministic; one pass = split passes = token by token. What is read without
+    learning is never learned later, nor is a segment that was still open then.
+    """
+
+    model: LevelledModel
+    learning: bool = True
+    segment: int | None = None
+
+    def begin(self, levels: LevelsState | None = None) -> ReadingState:
+        """The state before the first token; with given levels, or those of the model."""
+        levels = begin(self.model.levels, self.model.level_weights()) if levels is None else levels
+        fresh = detach(self.model.init_state(1))
+        device = levels.weights[0][0].device
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        position = torch.zeros((), dtype=torch.int64)
+        return ReadingState(levels, position, empty, fresh, fresh, levels.weights[0][0].new_zeros(0))
+
+    @property
+    def periods(self) -> tuple[float, ...]:
+        return tuple(lvl.period for lvl in self.model.levels)
+
+    @property
+    def segment_tokens(self) -> int:
+        if self.segment is not None:
+            return self.segment
+        fastest = min(self.periods)
+        return _BLOCK if fastest == math.inf else int(fastest)
+
+    def read(self, state: ReadingState, tokens: Tensor) -> tuple[ReadingState, ReadOut]:
+        """Read `tokens` int64 [n] after what was read before. Raises ValueError for anything but one row."""
+        if tokens.dim() != 1:
+            raise ValueError(f"reading takes one row of tokens [n], got shape {list(tokens.shape)}")
+        nll, moved = [], []
+        while tokens.numel() and not self.learning:
+            state, losses = self._predict(state._replace(segment=tokens[:0]), tokens[:_BLOCK])
+            state = state._replace(segment=tokens[:0], before=state.now)
+            nll.append(losses)
+            tokens = tokens[_BLOCK:]
+        while tokens.numel():
+            cut = int(state.position) - state.segment.numel()  # where the open segment began
+            size = next_cut(cut, self.periods, self.segment_tokens) - cut
+            if state.segment.numel() == size:
+                state, change = self._close(state, tokens[0])
+                moved.append(change)
+                continue
+            due = size - state.segment.numel()
+            if state.segment.numel() == 0 and tokens.numel() > size:
+                state, losses, change = self._whole(state, tokens[:size], tokens[size])
+                nll.append(losses)
+                moved.append(change)
+                tokens = tokens[size:]
+                continue
+            part, tokens = tokens[:due], tokens[due:]
+            state, losses = self._predict(state, part)
+            nll.append(losses)
+        width = 1 + len(self.model.levels)
+        table = torch.stack(moved) if moved else torch.zeros(0, width, dtype=torch.float64)
+        losses = torch.cat(nll) if nll else state.levels.weights[0][0].new_zeros(0)
+        return state, ReadOut(losses, table)
+
+    def end_document(self, state: ReadingState) -> tuple[ReadingState, ReadOut]:
+        """The document ends here: what is open is learned (its last token has no successor and teaches nothing),
+        and the next token starts with a fresh sequence state. Levels and clocks go on."""
+        moved = []
+        if self.learning and state.segment.numel():
+            _, levels, _ = self._learn(state, state.segment, None)
+            moved.append(self._moved(state, levels, int(state.position)))
+            state = state._replace(levels=levels)
+        begun = self.begin(state.levels)
+        width = 1 + len(self.model.levels)
+        table = torch.stack(moved) if moved else torch.zeros(0, width, dtype=torch.float64)
+        return begun._replace(position=state.position), ReadOut(begun.logits.new_zeros(0), table)
+
+    @torch.no_grad()
+    def _predict(self, state: ReadingState, tokens: Tensor) -> tuple[ReadingState, Tensor]:
+        """Go on inside an open segment; what it will learn from is kept, and nothing is written yet."""
+        logits, now = self.model(tokens[None], state.now, weights=state.levels.weights)
+        losses = _surprise(state.logits, logits[0, :-1], tokens)
+        segment = torch.cat([state.segment, tokens])
+        position = state.position + tokens.numel()
+        return ReadingState(state.levels, position, segment, state.before, now, logits[0, -1]), losses
+
+    def _close(self, state: ReadingState, following: Tensor) -> tuple[ReadingState, Tensor]:
+        """The token at the cut has arrived: write the levels with the segment, which came in pieces."""
+        _, levels, now = self._learn(state, state.segment, following)
+        change = self._moved(state, levels, int(state.position))
+        return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
+
+    def _whole(
+        self, state: ReadingState, tokens: Tensor, following: Tensor
+    ) -> tuple[ReadingState, Tensor, Tensor]:
+        """A segment that arrives whole, with the token after it: one forward pass for prediction and learning."""
+        logits, levels, now = self._learn(state, tokens, following)
+        losses = _surprise(state.logits, logits[:-1], tokens)
+        position = state.position + tokens.numel()
+        change = self._moved(state, levels, int(position))
+        return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
+
+    def _learn(
+        self, state: ReadingState, tokens: Tensor, following: Tensor | None
+    ) -> tuple[Tensor, LevelsState, Any]:
+        """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end."""
+        taps: list[Taps] = []
+        with torch.enable_grad():
+            weights = tuple(tuple(w.detach().requires_grad_() for w in maps) for maps in state.levels.weights)
+            logits, now = self.model(tokens[None], state.before, weights=weights, taps=taps)
+            targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
+            loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
+            levels = write(self.model.levels, state.levels, loss, taps)
+        return logits[0].detach(), levels, detach(now)
+
+    def _moved(self, state: ReadingState, levels: LevelsState, position: int) -> Tensor:
+        row = [float(position)]
+        for before, after in zip(state.levels.weights, levels.weights, strict=True):
+            size = sum(weight.numel() for weight in before)
+            total = sum(
+                0.0 if old is new else float((new - old).double().square().sum())
+                for old, new in zip(before, after, strict=True)
+            )
+            row.append(math.sqrt(total / size))
+        return torch.tensor(row, dtype=torch.float64)
+
+
+def _surprise(first: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+    """Nats of tokens [n], predicted by `first` [V] and logits [n - 1, V]; nan where there is no prediction."""
+    if first.numel() == 0:
+        unknown = logits.new_full((1,), math.nan)
+        return torch.cat([unknown, F.cross_entropy(logits, tokens[1:], reduction="none")])
+    return F.cross_entropy(torch.cat([first[None], logits]), tokens, reduction="none")

@@ -1,0 +1,229 @@
+"""Naive oracles: the papers' equations for one head of one row, one token at a time.
+
+Slow, and written to be read beside the papers. Nothing here is shared with the fast code: the error at the
+output of each linear map is torch.autograd's, taken with a graph, so that an outer gradient flows through every
+write. Fast twins: `nestling.sequence.Memory`, `SequenceMemory` and `SelfModifying`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Maps = tuple[Tensor, ...]
+"""The linear maps of one memory, each [out, in], from the key's side to the value's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the papers leave to choose.
+
+    Memory: M(x) = W_L s(... s(W_1 x)), s the activation, and x + that with `residual`. objective: "dot", -<M(k), v>,
+    or "l2", |M(k) - v|^2 / 2. delta: the erase of delta gradient descent. normalized: the step bounded by the
+    inputs seen since the chunk opened. dampened: the gradient enters the momentum times (1 - momentum).
+    step_size: of the gradient, "inside" the momentum (Titans) or "outside" of it (torch). chunk: gradients are
+    taken where a chunk of so many tokens opened; 1: at every token's own weights. read: token t reads "after" its
+    own write, "before" it, or at the chunk's "boundary".
+    """
+
+    objective: Literal["dot", "l2"] = "l2"
+    residual: bool = False
+    activation: Callable[[Tensor], Tensor] = F.gelu
+    delta: bool = False
+    normalized: bool = False
+    dampened: bool = False
+    step_size: Literal["inside", "outside"] = "inside"
+    chunk: int = 1
+    read: Literal["after", "before", "boundary"] = "after"
+
+
+class NaiveRun(NamedTuple):
+    """What a run leaves: reads [t, v], and of each linear map the weights W and the momentum S, [out, in]."""
+
+    reads: Tensor
+    weights: Maps
+    momentum: Maps
+
+
+def naive_memory(
+    choices: Choices,
+    weights: Maps,
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    step_size: Tensor,
+    momentum: Tensor | None = None,
+    log_retention: Tensor | None = None,
+) -> NaiveRun:
+    """Write the pairs (k_t, v_t) into one memory, and read it for q_t.
+
+    For every linear map W, its input x_t and the error e_t at its output, both at the weights on which the chunk
+    opened (or W_{t-1}, where chunk is 1)::
+
+        eta_t <- eta_t / (1 + eta_t |x_t|^2)                   with delta; this eta_t is the erase's too
+        eta_t <- eta_t / (1 + eta_t n_t)                       normalized; n_t = sum of |x|^2 since the chunk opened
+        S_t = m_t S_{t-1} - eta_t e_t x_t^T                    dampened: (1 - m_t) eta_t e_t x_t^T
+        W_t = a_t W_{t-1} - eta_t (W_{t-1} x_t) x_t^T + S_t    the middle term with delta only
+        y_t = M(q_t) at W_t
+
+    With the step size outside, S_t sums the bare e_t x_t^T and W_t takes eta_t S_t. `momentum` None: m_t = 0;
+    `log_retention` None: a_t = 1.
+
+    weights: each [out, in]; keys and queries [t, k]; values [t, v]; the gates step_size, momentum = m and
+    log_retention = log a [t]. Sources: Titans equations 9 to 18; Nested Learning 56, 57 (with the general |x|),
+    65, 88 and 90; spec: memory 2.2 and 5.2.
+    """
+    memory = _begin(weights)
+    reads = []
+    for t in range(keys.shape[0]):
+        if t % choices.chunk == 0:
+            memory = _open(memory)
+        before = memory.running
+        gates = Gates(
+            step_size[t],
+            torch.zeros_like(step_size[t]) if momentum is None else momentum[t],
+            torch.ones_like(step_size[t]) if log_retention is None else log_retention[t].exp(),
+        )
+        memory = _write(choices, memory, keys[t], values[t], gates)
+        standing = {"after": memory.running, "before": before, "boundary": memory.anchor}[choices.read]
+        reads.append(_answer(choices, standing, queries[t]))
+    return NaiveRun(torch.stack(reads), memory.running, memory.momentum)
+
+
+class NaiveSelfModifying(NamedTuple):
+    """What a self-modifying run leaves: reads [t, v], the weights of the five memories, and the tokens' gates."""
+
+    reads: Tensor
+    weights: tuple[Maps, ...]
+    step_sizes: Tensor  # [t]
+
+
+def naive_self_modifying(
+    u: Tensor,
+    queries: Tensor,
+    momentum: Tensor,
+    starts: tuple[Maps, Maps, Maps, Maps, Maps],
+    gate_bias: Tensor,
+    value_scale: Tensor,
+    step_bound: float,
+    chunk: int,
+    projection_chunk: int,
+    choices: Choices = Choices(residual=True, delta=True, dampened=True),
+) -> NaiveSelfModifying:
+    """The inner part of self-modifying Titans: memories for key, value, step size, retention, and the main one.
+
+    The first four open a chunk each `projection_chunk` tokens and the main one each `chunk` tokens; a bar marks a
+    memory at the weights on which its chunk opened::
+
+        k_t = norm(M_k(u_t))            v_t = value_scale * norm(M_v(u_t))                          (barred)
+        eta_t = step_bound * sigmoid(M_eta(u_t) + gate_bias_0)    a_t = sigmoid(M_a(u_t) + gate_bias_1)  (barred)
+        each memory: one step as in `naive_memory` on the key k_t and the value M(v_t) (barred), which is a
+        constant of the inner derivative, but not of the outer one
+        y_t = M_main(q_t) after its own write, or as `choices.read` says
+
+    Without erase, momentum average or residual where `choices` says so; `choices.chunk` is not used.
+
+    u and queries [t, k], L2-normalised; momentum [t]; starts: the initial weights of the five, [out, in] each,
+    of which those for step size and retention end in one number and have no residual; gate_bias [2]; value_scale [].
+    Sources: Nested Learning equations 83 to 93; spec: nested-learning 2, recipe.
+    """
+    answers_with_residual = (choices.residual, choices.residual, False, False, choices.residual)
+    functions = [replace(choices, residual=residual) for residual in answers_with_residual]
+    memories = [_begin(start) for start in starts]
+    reads, step_sizes = [], []
+    for t in range(u.shape[0]):
+        for i, size in enumerate((projection_chunk,) * 4 + (chunk,)):
+            if t % size == 0:
+                memories[i] = _open(memories[i])
+        before = memories[4].running
+        k, v, raw_step, raw_retention = (_answer(functions[i], memories[i].anchor, u[t]) for i in range(4))
+        k, v = k / k.norm(), value_scale * v / v.norm()
+        gates = Gates(
+            step_bound * torch.sigmoid(raw_step[0] + gate_bias[0]),
+            momentum[t],
+            torch.sigmoid(raw_retention[0] + gate_bias[1]),
+        )
+        for i, function in enumerate(functions):
+            target = _answer(function, memories[i].anchor, v)
+            memories[i] = _write(function, memories[i], k, target, gates)
+        standing = {"after": memories[4].running, "before": before, "boundary": memories[4].anchor}[choices.read]
+        reads.append(_answer(functions[4], standing, queries[t]))
+        step_sizes.append(gates.step_size)
+    return NaiveSelfModifying(torch.stack(reads), tuple(m.running for m in memories), torch.stack(step_sizes))
+
+
+class Gates(NamedTuple):
+    """One token's numbers: eta, m and a."""
+
+    step_size: Tensor
+    momentum: Tensor
+    retention: Tensor
+
+
+class _Standing(NamedTuple):
+    """A memory between two tokens. seen: the sum of |x|^2 since the chunk opened, of each map."""
+
+    anchor: Maps
+    running: Maps
+    momentum: Maps
+    seen: Maps
+
+
+def _begin(weights: Maps) -> _Standing:
+    return _open(_Standing(weights, weights, tuple(torch.zeros_like(w) for w in weights), ()))
+
+
+def _open(memory: _Standing) -> _Standing:
+    """A chunk opens: from here on, gradients are taken at the weights as they now stand."""
+    return memory._replace(anchor=memory.running, seen=tuple(w.new_zeros(()) for w in memory.running))
+
+
+def _answer(choices: Choices, weights: Maps, x: Tensor) -> Tensor:
+    """M(x) [v]."""
+    return _forward(choices, weights, x, [0.0] * len(weights))[0]
+
+
+def _forward(choices: Choices, weights: Maps, x: Tensor, nudges: list) -> tuple[Tensor, list[Tensor]]:
+    """M(x) [v], with a nudge added to each map's output, and the input of each map."""
+    inputs, output = [], x
+    for i, (weight, nudge) in enumerate(zip(weights, nudges, strict=True)):
+        inputs.append(choices.activation(output) if i else x)
+        output = weight @ inputs[-1] + nudge
+    return (x + output if choices.residual else output), inputs
+
+
+def _errors(choices: Choices, weights: Maps, key: Tensor, value: Tensor) -> tuple[list[Tensor], Maps]:
+    """The input of each map, and the loss's derivative by a nudge of its output; the value is a constant here."""
+    with torch.enable_grad():
+        nudges = [weight.new_zeros(weight.shape[0], requires_grad=True) for weight in weights]
+        read, inputs = _forward(choices, weights, key, nudges)
+        loss = -(read @ value) if choices.objective == "dot" else 0.5 * (read - value).square().sum()
+        return inputs, torch.autograd.grad(loss, nudges, create_graph=True)
+
+
+def _write(choices: Choices, memory: _Standing, key: Tensor, value: Tensor, gates: Gates) -> _Standing:
+    """The memory after one token's step on each of its maps."""
+    inputs, errors = _errors(choices, memory.anchor, key, value)
+    running, momentum, seen = [], [], []
+    for i, (x, error) in enumerate(zip(inputs, errors, strict=True)):
+        weight, step_size = memory.running[i], gates.step_size
+        seen.append(memory.seen[i] + x @ x)
+        changed = gates.retention * weight
+        if choices.delta:
+            step_size = step_size / (1 + step_size * (x @ x))
+            changed = changed - step_size * torch.outer(weight @ x, x)
+        if choices.normalized:
+            step_size = step_size / (1 + step_size * seen[i])
+        surprise = -torch.outer(error, x)
+        if choices.dampened:
+            surprise = (1 - gates.momentum) * surprise
+        if choices.step_size == "inside":
+            momentum.append(gates.momentum * memory.momentum[i] + step_size * surprise)
+            running.append(changed + momentum[i])
+        else:
+            momentum.append(gates.momentum * memory.momentum[i] + surprise)
+            running.append(changed + step_size * momentum[i])
+    return _Standing(memory.anchor, tuple(running), tuple(momentum), tuple(seen))

@@ -1,0 +1,67 @@
+"""A training run on disk: saved whole, gone on with bit for bit."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.learner import find_training, read_generation, write_generation
+from nestling.learner.folder import FORMAT
+from nestling.memory.state import flatten, unflatten
+from nestling.models.data import to_data
+
+from .loop import Trainer
+
+
+def machine() -> dict[str, Any]:
+    """What a bit-for-bit continuation depends on."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def save_run(directory: Path, trainer: Trainer, run: dict[str, Any]) -> Path:
+    """Write model, configuration and everything the next step needs as one generation of DIR/train."""
+    tensors: dict[str, Tensor] = {}
+    for index, state in enumerate(trainer.states):
+        tensors |= flatten(state, f"sequence.{index}.")
+    for index, entry in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+    clocks = []
+    for index, clock in enumerate(trainer.clocks):
+        clocks.append({"elapsed": clock.elapsed, "steps": clock.steps, "kept": len(clock.gradients)})
+        tensors |= {f"clock.{index}.{i}": gradient for i, gradient in enumerate(clock.gradients)}
+    facts = {"step": trainer.step, "clocks": clocks, "machine": machine()}
+    config = {"format": FORMAT, "model": to_data(trainer.model.config), "train": to_data(trainer.config), "run": run}
+    contents = {
+        "config.json": json.dumps(config, indent=2),
+        "model.safetensors": dict(trainer.model.state_dict()),
+        "training.safetensors": tensors,
+        "training.json": json.dumps(facts, indent=2),
+    }
+    return write_generation(directory / "train", trainer.step, contents)
+
+
+def load_run(directory: Path, trainer: Trainer) -> list[str]:
+    """Bring a trainer to where the newest checkpoint was, and say what differs from the machine it was made on:
+    with differences, the continuation is not bit for bit. Raises ValueError where it does not fit."""
+    folder = find_training(directory)
+    generation = read_generation(folder)
+    if "training" not in generation.tensors or "training" not in generation.data:
+        raise ValueError(f"{folder}: there is a model but no training state in it; it cannot be resumed")
+    tensors, facts = generation.tensors["training"], generation.data["training"]
+    trainer.model.load_state_dict(generation.tensors["model"])
+    trainer.step = facts["step"]
+    trainer.states = [unflatten(state, tensors, f"sequence.{i}.") for i, state in enumerate(trainer.states)]
+    packed = trainer.optimizer.state_dict()
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            packed["state"].setdefault(int(index), {})[key] = tensor
+    trainer.optimizer.load_state_dict(packed)
+    for index, (clock, saved) in enumerate(zip(trainer.clocks, facts["clocks"], strict=True)):
+        clock.elapsed, clock.steps = saved["elapsed"], saved["steps"]
+        clock.gradients = [tensors[f"clock.{index}.{i}"] for i in range(saved["kept"])]
+    now = machine()
+    return [f"{name}: {was} then, {now[name]} now" for name, was in facts["machine"].items() if now[name] != was]

@@ -1,0 +1,172 @@
+"""Parts print as the line that builds them, and are parsed back from it and from nothing else."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nestling.sequence  # noqa: F401  (its expressions are parts too)
+from nestling.memory.attentional_bias import dot, l2
+from nestling.memory.part import Part, all_variants, known, parse
+from nestling.memory.retention import decay
+from nestling.memory.rule import (
+    Rule,
+    dampen,
+    delta_gradient_descent,
+    every,
+    gradient_descent,
+    momentum,
+    normalize,
+    retain,
+    scale,
+    surprise,
+)
+from nestling.memory.structure import Structure, matrix, mlp, together
+from nestling.sequence import attention, self_modifying, sequence_memory
+
+directions = st.recursive(
+    st.just(surprise()),
+    lambda inner: st.one_of(
+        *[st.builds(part, inner) for part in (scale, gradient_descent, dampen, normalize, momentum)],
+        st.sampled_from([gradient_descent(), dampen(), normalize(), momentum()]),
+    ),
+    max_leaves=4,
+)
+additive = directions | st.builds(delta_gradient_descent, directions) | st.just(delta_gradient_descent())
+keepers = additive | st.builds(retain, st.just(decay()), additive) | st.just(retain())
+periods = st.integers(1, 10**6) | st.just(math.inf)
+rules = keepers | st.builds(every, periods, keepers) | st.builds(every, periods)
+mlps = st.builds(
+    mlp,
+    depth=st.integers(2, 5),
+    expansion=st.floats(0, exclude_min=True, allow_nan=False),
+    residual=st.booleans(),
+    activation=st.sampled_from(["gelu", "silu"]),
+)
+bare = mlps.filter(lambda part: not part.residual) | st.just(matrix())
+structures = st.just(matrix()) | mlps | st.builds(together, bare, st.lists(st.booleans()).map(tuple))
+biases = st.sampled_from([dot(), l2()])
+chunk = st.sampled_from([1, 16, 64])
+frozen = {"gradient_at": st.just("chunk"), "read": st.sampled_from(["after", "before", "boundary"])}
+mixers = (
+    st.builds(sequence_memory, mlps, biases, keepers, chunk, **frozen)
+    | st.builds(sequence_memory, rule=keepers, chunk=chunk, way=st.sampled_from(["chunked", "recurrent"]))
+    | st.builds(sequence_memory, st.just(matrix()), biases, keepers, chunk, st.just("token"), st.just("before"))
+    | st.builds(self_modifying, mlps, biases, keepers, chunk, projection_chunk=chunk, convolution=st.integers(1, 4))
+    | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4))
+)
+parts = rules | structures | biases | mixers
+
+
+@given(parts)
+def test_a_part_prints_as_the_line_that_builds_it(part):
+    assert parse(repr(part)) == part
+    assert repr(parse(repr(part))) == repr(part)
+    assert hash(parse(repr(part))) == hash(part)
+    assert eval(repr(part), {**all_variants(), "inf": math.inf}) == part
+
+
+@given(parts, parts)
+def test_parts_are_equal_where_they_print_alike(one, other):
+    assert (one == other) == (repr(one) == repr(other))
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (retain(), "retain()"),
+        (retain(of=momentum()), "retain(decay(), momentum())"),
+        (every(512, retain(decay(), momentum())), "every(512, retain(decay(), momentum()))"),
+        (every(math.inf), "every(inf)"),
+        (gradient_descent(), "gradient_descent()"),
+        (scale(momentum(surprise())), "scale(momentum(surprise()))"),
+        (mlp(depth=3, activation="silu"), "mlp(depth=3, activation='silu')"),
+        (together(matrix(), (True, False)), "together(matrix(), (True, False))"),
+        (sequence_memory(rule=momentum()), "sequence_memory(mlp(), l2(), momentum())"),
+        (attention(window=8), "attention(window=8)"),
+    ],
+)
+def test_what_is_printed(part, text):
+    assert repr(part) == text
+    assert parse(f"  {text}\n") == part
+
+
+def test_parts_compare_by_what_they_are():
+    assert momentum(dampen()) == momentum(dampen(gradient_descent()))
+    assert momentum() != dampen()
+    assert gradient_descent() != scale(surprise()), "an alias prints under its own name, and is another part"
+    assert {momentum(), momentum(gradient_descent()), momentum(surprise())} == {momentum(), momentum(surprise())}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        every(3).period = 4
+
+
+def test_each_family_lists_its_own():
+    assert all_variants().keys() >= Rule.variants.keys() | Structure.variants.keys()
+    assert {"matrix", "mlp", "together"} <= Structure.variants.keys()
+    assert not any(name.startswith("_") or name[0].isupper() for name in all_variants())
+    assert known("momentum", Rule.variants, "rule") is momentum
+
+
+@pytest.mark.parametrize("text", ["momentun()", "retain(decay(), momentun())"])
+def test_an_unknown_name_lists_the_known_and_guesses(text):
+    with pytest.raises(ValueError, match=r"unknown part 'momentun'.*surprise.*did you mean 'momentum'\?") as refused:
+        parse(text)
+    assert all(name in str(refused.value) for name in all_variants())
+
+
+def test_a_name_like_no_other_gets_no_guess():
+    with pytest.raises(ValueError, match="unknown part 'xyzzy'") as refused:
+        parse("xyzzy()")
+    assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "momentum(",
+        "momentum() momentum()",
+        "a = momentum()",
+        "import os",
+        "momentum",
+        "momentum.variants",
+        "__import__('os').system('touch {path}')",
+        "momentum(__import__('os').system('touch {path}'))",
+        "open('{path}', 'w')",
+        "mlp(depth=open('{path}', 'w'))",
+        "(lambda: momentum())()",
+        "[open('{path}', 'w') for _ in 'a']",
+        "momentum() if open('{path}', 'w') else momentum()",
+        "(momentum())(open('{path}', 'w'))",
+        "f'{{open(1)}}'",
+        "mlp(depth=1 + 1)",
+        "mlp(**{{'depth': 3}})",
+        "mlp(*(3,))",
+        "mlp(depth=3, depth=4)",
+        "mlp(width=3)",
+        "momentum(surprise(), surprise())",
+        "every()",
+        "every('a')",
+        "scale()",
+        "momentum(2)",
+        "momentum(retain())",
+        "512",
+        "'momentum()'",
+        "(momentum(), momentum())",
+        "None",
+    ],
+)
+def test_anything_else_is_refused_and_nothing_is_evaluated(text, tmp_path):
+    path = tmp_path / "made"
+    with pytest.raises(ValueError, match=r"."):
+        parse(text.format(path=path))
+    assert not path.exists()
+
+
+def test_a_part_of_another_family_is_refused():
+    with pytest.raises(ValueError, match=r"'l2\(\)' is a l2, but a Rule is needed here"):
+        parse("l2()", Rule)
+    assert parse("momentum()", Rule) == momentum()
+    assert isinstance(parse("matrix()"), Part)

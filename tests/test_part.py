@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import nestling.sequence  # noqa: F401  (its expressions are parts too)
 from nestling.memory.attentional_bias import dot, l2
 from nestling.memory.part import Part, all_variants, known, parse
-from nestling.memory.retention import decay
+from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import (
     Rule,
     dampen,
@@ -35,7 +35,7 @@ directions = st.recursive(
     max_leaves=4,
 )
 additive = directions | st.builds(delta_gradient_descent, directions) | st.just(delta_gradient_descent())
-keepers = additive | st.builds(retain, st.just(decay()), additive) | st.just(retain())
+keepers = additive | st.builds(retain, st.sampled_from([decay(), decay_to_start()]), additive) | st.just(retain())
 periods = st.integers(1, 10**6) | st.just(math.inf)
 rules = keepers | st.builds(every, periods, keepers) | st.builds(every, periods)
 mlps = st.builds(

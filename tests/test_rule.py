@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import (
     Gates,
     Pairs,
@@ -23,7 +24,6 @@ from nestling.memory.rule import (
     scale,
     surprise,
 )
-from nestling.memory.retention import decay
 from nestling.memory.state import clone, flatten
 
 F64 = torch.float64
@@ -120,6 +120,11 @@ class TestEquations:
         for before, g, _, step, _, retention, after in self.steps(retain(), n, form):
             same(after, retention * before - step * g)
 
+    def test_retain_toward_the_start(self, n, form):
+        start = given_pairs()[0]
+        for before, g, _, step, _, retention, after in self.steps(retain(decay_to_start()), n, form):
+            same(after, start + retention * (before - start) - step * g)
+
     def test_delta_gradient_descent_around_momentum_inside_retain(self, n, form):
         buffer = 0.0
         for before, g, x, step, kept, retention, after in self.steps(
@@ -173,7 +178,7 @@ def test_l2_with_gradient_descent_reads_back_exactly(seed):
 WITH_ARGUMENTS = {"every": every(3), "scale": scale(momentum(surprise()))}
 RULES = [WITH_ARGUMENTS.get(name) or rule() for name, rule in Rule.variants.items()] + [
     retain(decay(), delta_gradient_descent(momentum(normalize()))),
-    every(2, retain(decay(), delta_gradient_descent(momentum(dampen())))),
+    every(2, retain(decay_to_start(), delta_gradient_descent(momentum(dampen())))),
     normalize(scale(momentum(surprise()))),
     dampen(momentum()),
 ]
@@ -199,7 +204,9 @@ class TestContract:
     def test_numbers_as_gates_are_tensors_of_the_same(self, rule):
         weight, gradient = given_pairs(4)
         numbers = run(rule, weight, gradient, Gates(STEP, KEPT, LOG_RETENTION))
-        tensors = run(rule, weight, gradient, Gates(*(torch.full(LEADING, g, dtype=F64) for g in (STEP, KEPT, LOG_RETENTION))))
+        tensors = run(
+            rule, weight, gradient, Gates(*(torch.full(LEADING, g, dtype=F64) for g in (STEP, KEPT, LOG_RETENTION)))
+        )
         torch.testing.assert_close(numbers, tensors, rtol=1e-12, atol=1e-12)
 
     def test_the_outer_gradient_is_right(self, rule):
@@ -216,7 +223,7 @@ class TestContract:
 
 
 class TestEvery:
-    INNER = retain(decay(), delta_gradient_descent(momentum(dampen())))
+    INNER = retain(decay_to_start(), delta_gradient_descent(momentum(dampen())))
     GATES = Gates(STEP, KEPT, LOG_RETENTION)
 
     @pytest.mark.parametrize(("period", "tokens"), [(6, 1), (6, 2), (7, 3), (1, 1), (2, 5)])

@@ -163,9 +163,7 @@ class Reader:
         change = self._moved(state, levels, int(state.position))
         return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
 
-    def _whole(
-        self, state: ReadingState, tokens: Tensor, following: Tensor
-    ) -> tuple[ReadingState, Tensor, Tensor]:
+    def _whole(self, state: ReadingState, tokens: Tensor, following: Tensor) -> tuple[ReadingState, Tensor, Tensor]:
         """A segment that arrives whole, with the token after it: one forward pass for prediction and learning."""
         logits, levels, now = self._learn(state, tokens, following)
         losses = _surprise(state.logits, logits[:-1], tokens)
@@ -173,9 +171,7 @@ class Reader:
         change = self._moved(state, levels, int(position))
         return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
 
-    def _learn(
-        self, state: ReadingState, tokens: Tensor, following: Tensor | None
-    ) -> tuple[Tensor, LevelsState, Any]:
+    def _learn(self, state: ReadingState, tokens: Tensor, following: Tensor | None) -> tuple[Tensor, LevelsState, Any]:
         """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end."""
         taps: list[Taps] = []
         with torch.enable_grad():

@@ -22,16 +22,17 @@ class Choices:
     """What the papers leave to choose.
 
     Memory: M(x) = W_L s(... s(W_1 x)), s the activation, and x + that with `residual`. objective: "dot", -<M(k), v>,
-    or "l2", |M(k) - v|^2 / 2. delta: the erase of delta gradient descent. normalized: the step bounded by the
-    inputs seen since the chunk opened. dampened: the gradient enters the momentum times (1 - momentum).
-    step_size: of the gradient, "inside" the momentum (Titans) or "outside" of it (torch). chunk: gradients are
-    taken where a chunk of so many tokens opened; 1: at every token's own weights. read: token t reads "after" its
-    own write, "before" it, or at the chunk's "boundary".
+    or "l2", |M(k) - v|^2 / 2. decay_to: what is left when all is forgotten, "zero" or the "start". delta: the erase
+    of delta gradient descent. normalized: the step bounded by the inputs seen since the chunk opened. dampened: the
+    gradient enters the momentum times (1 - momentum). step_size: of the gradient, "inside" the momentum (Titans) or
+    "outside" of it (torch). chunk: gradients are taken where a chunk of so many tokens opened; 1: at every token's
+    own weights. read: token t reads "after" its own write, "before" it, or at the chunk's "boundary".
     """
 
     objective: Literal["dot", "l2"] = "l2"
     residual: bool = False
     activation: Callable[[Tensor], Tensor] = F.gelu
+    decay_to: Literal["zero", "start"] = "zero"
     delta: bool = False
     normalized: bool = False
     dampened: bool = False
@@ -69,8 +70,8 @@ def naive_memory(
         W_t = a_t W_{t-1} - eta_t (W_{t-1} x_t) x_t^T + S_t    the middle term with delta only
         y_t = M(q_t) at W_t
 
-    With the step size outside, S_t sums the bare e_t x_t^T and W_t takes eta_t S_t. `momentum` None: m_t = 0;
-    `log_retention` None: a_t = 1.
+    With the step size outside, S_t sums the bare e_t x_t^T and W_t takes eta_t S_t. Decay to the start W_0 keeps
+    W_0 + a_t (W_{t-1} - W_0) instead. `momentum` None: m_t = 0; `log_retention` None: a_t = 1.
 
     weights: each [out, in]; keys and queries [t, k]; values [t, v]; the gates step_size, momentum = m and
     log_retention = log a [t]. Sources: Titans equations 9 to 18; Nested Learning 56, 57 (with the general |x|),
@@ -111,7 +112,7 @@ def naive_self_modifying(
     step_bound: float,
     chunk: int,
     projection_chunk: int,
-    choices: Choices = Choices(residual=True, delta=True, dampened=True),
+    choices: Choices = Choices(residual=True, decay_to="start", delta=True, dampened=True),
 ) -> NaiveSelfModifying:
     """The inner part of self-modifying Titans: memories for key, value, step size, retention, and the main one.
 
@@ -166,6 +167,7 @@ class Gates(NamedTuple):
 class _Standing(NamedTuple):
     """A memory between two tokens. seen: the sum of |x|^2 since the chunk opened, of each map."""
 
+    start: Maps
     anchor: Maps
     running: Maps
     momentum: Maps
@@ -173,7 +175,7 @@ class _Standing(NamedTuple):
 
 
 def _begin(weights: Maps) -> _Standing:
-    return _open(_Standing(weights, weights, tuple(torch.zeros_like(w) for w in weights), ()))
+    return _open(_Standing(weights, weights, weights, tuple(torch.zeros_like(w) for w in weights), ()))
 
 
 def _open(memory: _Standing) -> _Standing:
@@ -211,7 +213,8 @@ def _write(choices: Choices, memory: _Standing, key: Tensor, value: Tensor, gate
     for i, (x, error) in enumerate(zip(inputs, errors, strict=True)):
         weight, step_size = memory.running[i], gates.step_size
         seen.append(memory.seen[i] + x @ x)
-        changed = gates.retention * weight
+        forgotten_to = memory.start[i] if choices.decay_to == "start" else 0.0
+        changed = forgotten_to + gates.retention * (weight - forgotten_to)
         if choices.delta:
             step_size = step_size / (1 + step_size * (x @ x))
             changed = changed - step_size * torch.outer(weight @ x, x)
@@ -226,4 +229,4 @@ def _write(choices: Choices, memory: _Standing, key: Tensor, value: Tensor, gate
         else:
             momentum.append(gates.momentum * memory.momentum[i] + surprise)
             running.append(changed + step_size * momentum[i])
-    return _Standing(memory.anchor, tuple(running), tuple(momentum), tuple(seen))
+    return memory._replace(running=tuple(running), momentum=tuple(momentum), seen=tuple(seen))

@@ -93,6 +93,14 @@ class Summed(NamedTuple):
 Gradient = Pairs | Summed
 
 
+class Norms(NamedTuple):
+    """Squared norms of a map's inputs and of the errors at its output [..., c]; the errors of a chunk are not
+    known beforehand (None) where they are taken at every token's own weights."""
+
+    input: Tensor
+    error: Tensor | None
+
+
 class Plan(NamedTuple):
     """The scalars of a linear rule for every token of a chunk, [..., c]; None is the neutral value.
 
@@ -144,8 +152,8 @@ class Rule(Part, family=True):
     def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         """The weight and state after one step on a gradient that sums `gradient.tokens` tokens."""
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        """The rule's scalars for a chunk whose gates and squared input norms are [..., c]; `exact`: gradients are
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        """The rule's scalars for a chunk whose gates and squared norms are [..., c]; `exact`: gradients are
         taken at every token's own weights, so that each token is its own anchor."""
         raise ValueError(f"{self} is not linear in the weights and has no chunked form; use way='recurrent'")
 
@@ -187,8 +195,8 @@ class surprise(Direction):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return -gradient.dense(), state
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        return Plan(write=torch.ones_like(squared_norms))
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        return Plan(write=torch.ones_like(norms.input))
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,12 +243,12 @@ class scale(_wrapper):
         added, state = self.of.update(weight, gradient, state, gates)
         return _wide(gates.step_size) * added, state
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, squared_norms, state, exact)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, norms, state, exact)
         if plan.momentum is None:
             return plan._replace(write=plan.write * gates.step_size)
         read_out = gates.step_size if plan.read_out is None else plan.read_out * gates.step_size
-        return plan._replace(read_out=_per_token(read_out, squared_norms))
+        return plan._replace(read_out=_per_token(read_out, norms.input))
 
 
 @dataclass(frozen=True, repr=False)
@@ -261,9 +269,47 @@ class dampen(_wrapper):
         added, state = self.of.update(weight, gradient, state, gates)
         return _wide(1.0 - gates.momentum) * added, state
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, squared_norms, state, exact)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, norms, state, exact)
         return plan._replace(write=plan.write * (1.0 - gates.momentum))
+
+
+@dataclass(frozen=True, repr=False)
+class clip(_wrapper):
+    """error <- error * min(1, bound / |error|), pair by pair, at the output of each linear map.
+
+    In a deep memory the error at an inner map grows with the outer maps, and what it writes makes them grow: a
+    loop that no step size along the map's own inputs bounds. A bound on the error does, and with it what a write
+    can do is bounded whatever the weights. A gradient given only as a sum is scaled as the one pair that it
+    would be, |g| / |x|.
+    """
+
+    of: Direction = gradient_descent()
+    bound: float = 1.0
+    needs_inputs = True  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.bound > 0:
+            raise ValueError(f"clip: bound must be > 0, got {self.bound}")
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        if isinstance(gradient, Pairs):
+            error = gradient.error * self._factor(gradient.error.square().sum(-1))[..., None]
+            return self.of.update(weight, Pairs(error, gradient.input), state, gates)
+        squared = gradient.total.square().sum((-2, -1)) / gradient.squared_norm()
+        total = gradient.total * _wide(self._factor(squared))
+        return self.of.update(weight, gradient._replace(total=total), state, gates)
+
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        if norms.error is None:
+            raise ValueError(f"{self} has no chunked form with gradient_at='token'; use way='recurrent'")
+        plan = self.of.plan(gates, norms, state, exact)
+        return plan._replace(write=plan.write * self._factor(norms.error))
+
+    def _factor(self, squared: Tensor) -> Tensor:
+        # max(1, |e| / bound) by way of its square: the root has no gradient at an error of zero
+        return (squared / self.bound**2).clamp(min=1.0).rsqrt()
 
 
 class NormalizeState(NamedTuple):
@@ -294,10 +340,10 @@ class normalize(_wrapper):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         return added, NormalizeState(total, inner)
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        total = squared_norms if exact else state.squared_norm[..., None] + squared_norms.cumsum(-1)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        total = norms.input if exact else state.squared_norm[..., None] + norms.input.cumsum(-1)
         gates = gates._replace(step_size=bounded(gates.step_size, total))
-        return self.of.plan(gates, squared_norms, state.of, exact)
+        return self.of.plan(gates, norms, state.of, exact)
 
     def close(self, state: State, end: ChunkEnd) -> State:
         return NormalizeState(state.squared_norm + end.squared_norm, self.of.close(state.of, end))
@@ -331,11 +377,11 @@ class momentum(_wrapper):
         buffer = _wide(gates.momentum) * state.buffer + added
         return buffer, MomentumState(buffer, inner)
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, squared_norms, state.of, exact)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, norms, state.of, exact)
         if plan.momentum is not None:
             raise ValueError(f"{self}: a momentum of a momentum has no chunked form; use way='recurrent'")
-        return plan._replace(momentum=_per_token(gates.momentum, squared_norms), buffer=state.buffer)
+        return plan._replace(momentum=_per_token(gates.momentum, norms.input), buffer=state.buffer)
 
     def close(self, state: State, end: ChunkEnd) -> State:
         assert end.buffer is not None
@@ -374,9 +420,9 @@ class delta_gradient_descent(Additive):
         added, state = self.of.update(weight, gradient, state, gates._replace(step_size=step_size))
         return added - _wide(step_size) * gradient.project(weight), state
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        step_size = bounded(gates.step_size, squared_norms)
-        plan = self.of.plan(gates._replace(step_size=step_size), squared_norms, state, exact)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        step_size = bounded(gates.step_size, norms.input)
+        plan = self.of.plan(gates._replace(step_size=step_size), norms, state, exact)
         return plan._replace(erase=step_size)
 
     def close(self, state: State, end: ChunkEnd) -> State:
@@ -424,9 +470,9 @@ class retain(Additive):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         return added, RetainState(state.start, inner)
 
-    def plan(self, gates: Gates, squared_norms: Tensor, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, squared_norms, state.of, exact)
-        return plan._replace(log_keep=_per_token(gates.log_retention, squared_norms), start=state.start)
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        plan = self.of.plan(gates, norms, state.of, exact)
+        return plan._replace(log_keep=_per_token(gates.log_retention, norms.input), start=state.start)
 
     def close(self, state: State, end: ChunkEnd) -> State:
         return RetainState(state.start, self.of.close(state.of, end))

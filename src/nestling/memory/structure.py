@@ -50,15 +50,21 @@ class Structure(Part, family=True):
         value_dim: int,
         leading: tuple[int, ...] = (),
         generator: torch.Generator | None = None,
+        *,
+        unit_keys: bool = False,
     ) -> Weights:
         """Initial weights [*leading, out, in]: normal, of standard deviation 1/sqrt(in); the last of several
-        maps is 0.3 of that, so that a deep memory starts near its residual."""
+        maps is 0.3 of that, so that a deep memory starts near its residual. unit_keys: the first of several maps
+        meets keys of norm one, and takes a deviation of 1, so that its outputs reach the nonlinearity."""
         shapes = self.shapes(key_dim, value_dim)
         weights = []
         for index, (rows, columns) in enumerate(shapes):
-            gain = 0.3 if index and index == len(shapes) - 1 else 1.0
-            weight = torch.randn(*leading, rows, columns, generator=generator)
-            weights.append(weight * (gain / math.sqrt(columns)))
+            deviation = 1.0 / math.sqrt(columns)
+            if len(shapes) > 1 and index == 0 and unit_keys:
+                deviation = 1.0
+            elif len(shapes) > 1 and index == len(shapes) - 1:
+                deviation *= 0.3
+            weights.append(torch.randn(*leading, rows, columns, generator=generator) * deviation)
         return tuple(weights)
 
 

@@ -1,6 +1,7 @@
 """Models: the one decoder, its configuration, presets."""
 
-from .config import ModelConfig
+from .config import PRESETS, ModelConfig, preset
 from .decoder import Decoder, ModelState
+from .generate import generate
 
-__all__ = ["Decoder", "ModelConfig", "ModelState"]
+__all__ = ["PRESETS", "Decoder", "ModelConfig", "ModelState", "generate", "preset"]

@@ -12,6 +12,8 @@ from nestling.memory.structure import Weights
 
 from .config import ModelConfig
 
+_EMBEDDING_SCALE = 0.02  # of the tied table: logits start near zero, inputs near one
+
 
 class Block(nn.Module):
     """x <- x + mixer(norm x); x <- continuum(x). With self-modifying Titans as mixer: Hope (equation 97)."""
@@ -50,11 +52,10 @@ class Decoder(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.config = config
-        self.embedding = nn.Parameter(torch.randn(config.vocabulary, config.dim, generator=generator))
+        table = torch.randn(config.vocabulary, config.dim, generator=generator)
+        self.embedding = nn.Parameter(table * _EMBEDDING_SCALE)
         self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.blocks))
         self.norm = nn.Parameter(torch.ones(config.dim))
-        with torch.no_grad():
-            self.embedding.mul_(0.1 / config.dim**0.5)
 
     @property
     def levels(self) -> tuple[level, ...]:
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b t v"], ModelState]:
         state = self.init_state(tokens.shape[0]) if state is None else state
-        x = F.embedding(tokens, self.embedding) * self.config.dim**0.5 * 10.0
+        x = F.embedding(tokens, self.embedding) / _EMBEDDING_SCALE
         after, count = [], len(self.config.levels)
         for index, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
             own = None if weights is None else weights[index * count : (index + 1) * count]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.retention import decay
-from nestling.memory.rule import Gates, Rule, momentum, normalize, retain
+from nestling.memory.retention import decay_to_start
+from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 
 from .convolution import ShortConvolution
 from .layout import Layout, Piece, lay_out
@@ -28,7 +28,7 @@ class SequenceState(NamedTuple):
 class sequence_memory(Memory, Mixer):
     """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`."""
 
-    rule: Rule = retain(decay(), momentum(normalize()))
+    rule: Rule = retain(decay_to_start(), momentum(dampen(normalize(clip()))))
     convolution: int = 4
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SequenceMemory":
@@ -61,7 +61,7 @@ class SequenceMemory(MixerModule):
         self.gates = linear(3 * heads, dim, generator, bias=True, gain=0.3)
         with torch.no_grad():
             self.gates.bias[2 * heads :].fill_(5.0)  # retention starts at 0.993 a token
-        self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator))
+        self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
         self.step_bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
 

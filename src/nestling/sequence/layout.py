@@ -91,7 +91,12 @@ def _uniform(
     starts = _cuts(first, first + length, min(chunks)) if length else []
     stops = [*starts[1:], first + length]
     pieces = tuple(
-        Piece(start - first, stop - first, tuple(start % chunk == 0 for chunk in chunks), begins if start == first else None)
+        Piece(
+            start - first,
+            stop - first,
+            tuple(start % chunk == 0 for chunk in chunks),
+            begins if start == first else None,
+        )
         for start, stop in zip(starts, stops, strict=False)
     )
     return Layout(pieces, (phase + length) % frame, begins, None, None, None, None, None, None)

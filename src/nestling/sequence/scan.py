@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from nestling.memory.attentional_bias import AttentionalBias, l2
-from nestling.memory.retention import decay
-from nestling.memory.rule import ChunkEnd, Gates, Pairs, Plan, Rule, delta_gradient_descent, momentum, retain
+from nestling.memory.retention import decay_to_start
+from nestling.memory.rule import (
+    ChunkEnd,
+    Gates,
+    Norms,
+    Pairs,
+    Plan,
+    Rule,
+    clip,
+    dampen,
+    delta_gradient_descent,
+    momentum,
+    retain,
+)
 from nestling.memory.state import select
 from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
 
@@ -46,7 +58,7 @@ class Memory:
 
     structure: Structure = mlp()
     attentional_bias: AttentionalBias = l2()
-    rule: Rule = retain(decay(), delta_gradient_descent(momentum()))
+    rule: Rule = retain(decay_to_start(), delta_gradient_descent(momentum(dampen(clip()))))
     chunk: int = 64
     gradient_at: Literal["token", "chunk"] = "chunk"
     read: Literal["after", "before", "boundary"] = "after"
@@ -131,7 +143,7 @@ class Memory:
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
-            plan, norms = self._plan(pairs, pairs.keys, state.rule[0], 0)
+            plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0], 0)
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = chunks.transfer(plan)
@@ -142,7 +154,7 @@ class Memory:
         all_norms = []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             lead = self.structure.lead[i]
-            plan, norms = self._plan(pairs, x, state.rule[i], lead)
+            plan, norms = self._plan(pairs, x, error, state.rule[i], lead)
             carry = maps[0].carry.lift(lead) if i and shared else chunks.transfer(plan)
             maps.append(chunks.write_frozen(plan, carry, weight, x, error))
             all_norms.append(norms)
@@ -159,17 +171,20 @@ class Memory:
         outputs = tuple(output[..., :c, :] for output in outputs)
         return tuple(x[..., :c, :] for x in inputs), self.structure.backward(weights, outputs, error)
 
-    def _plan(self, pairs: "Writes", inputs: Tensor, rule_state: Any, lead: int) -> tuple[Plan, Tensor]:
-        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] with `lead` 1."""
+    def _plan(
+        self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any, lead: int
+    ) -> tuple[Plan, Tensor]:
+        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] with `lead` 1; and
+        the squared norms of those inputs."""
         gates, counted = pairs.gates, pairs.counted()
         if lead:
             gates = Gates(*(gate.unsqueeze(2) if isinstance(gate, Tensor) else gate for gate in gates))
             counted = None if counted is None else counted.unsqueeze(2)
-        norms = inputs.square().sum(-1)
-        if counted is None:
-            return self.rule.plan(gates, norms, rule_state, self.exact), norms
-        norms = norms * counted
+        squared = inputs.square().sum(-1) if counted is None else inputs.square().sum(-1) * counted
+        norms = Norms(squared, None if error is None else error.square().sum(-1))
         plan = self.rule.plan(gates, norms, rule_state, self.exact)
+        if counted is None:
+            return plan, squared
         # a slot without a token changes nothing: nothing written or erased, all kept, and S not read out
         read_out = None
         if plan.momentum is not None:
@@ -183,7 +198,7 @@ class Memory:
             buffer=plan.buffer,
             start=plan.start,
         )
-        return plan, norms
+        return plan, squared
 
     def _recurrent(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
         reads = []

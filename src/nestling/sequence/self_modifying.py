@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.retention import decay_to_start
-from nestling.memory.rule import Gates, Rule, dampen, delta_gradient_descent, momentum, retain
+from nestling.memory.rule import Gates
 from nestling.memory.structure import Weights, matrix, mlp, together
 
 from .convolution import ShortConvolution
@@ -22,7 +21,6 @@ class self_modifying(Memory, Mixer):
     """The expression of `SelfModifying`. chunk: of the main memory; projection_chunk: of the memories for k, v,
     step size and retention (one must divide the other)."""
 
-    rule: Rule = retain(decay_to_start(), delta_gradient_descent(momentum(dampen())))
     projection_chunk: int = 64
     convolution: int = 4
 
@@ -109,7 +107,7 @@ class SelfModifying(MixerModule):
         self.gate_bias = nn.Parameter(torch.tensor([0.0, 5.0]).repeat(heads, 1))  # step size, retention
         widths = (head_dim, head_dim, 1, 1, head_dim)
         self.starts = nn.ModuleList(
-            nn.ParameterList(bare.init(head_dim, width, (heads,), generator)) for width in widths
+            nn.ParameterList(bare.init(head_dim, width, (heads,), generator, unit_keys=True)) for width in widths
         )
         self.output = Output(dim, heads, generator)
         self.step_bound = step_bound(max(expression.chunk, expression.projection_chunk), head_dim)

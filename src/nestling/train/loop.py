@@ -82,8 +82,12 @@ class Trainer:
             model.init_state(config.rows // config.accumulate) for _ in range(config.accumulate)
         ]
         self.states = [detach(state) for state in self.states]
-        self.optimizer = torch.optim.AdamW(_groups(model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2))
-        self.clocks = [LevelClock(lvl.period, list(maps)) for lvl, maps in zip(model.levels, model.level_weights(), strict=True)]  # type: ignore[arg-type]
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2)
+        )
+        self.clocks = [
+            LevelClock(lvl.period, list(maps)) for lvl, maps in zip(model.levels, model.level_weights(), strict=True)
+        ]  # type: ignore[arg-type]
 
     def run_step(self, stream: Stream) -> StepReport:
         """One step on the next batch. Raises FloatingPointError when loss or gradient are not finite, before any
@@ -95,7 +99,9 @@ class Trainer:
             clock.advance(batch.tokens.numel())
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {norm}: not finite; nothing was changed")
+            raise FloatingPointError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}: not finite; nothing was changed"
+            )
         rate = self.config.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

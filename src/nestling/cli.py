@@ -1,0 +1,303 @@
+"""The command line: nestling train | learn | generate | info | check | demo."""
+
+import os
+
+# Two OpenMP threads that spin while they wait are many times slower on a machine that does anything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import json
+import math
+import sys
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nestling.learner import load_model, newest, open_life, save_life
+from nestling.levels import Reader
+from nestling.memory import Part, parse
+from nestling.models import Decoder, ModelConfig, generate, preset
+from nestling.models.config import PRESETS
+from nestling.models.data import from_data, to_data
+from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
+
+BITS = 1 / math.log(2)
+app = tyro.extras.SubcommandApp()
+registry = tyro.constructors.ConstructorRegistry()
+console = Console(stderr=True)
+
+
+@registry.primitive_rule
+def _part_from_flag(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Parts are given on the command line as the expression that builds them."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Part)):
+        return None
+    family = info.type
+
+    def build(words: list[str]) -> Part:
+        return parse(words[0], family)
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="EXPRESSION",
+        instance_from_str=build,
+        is_instance=lambda value: isinstance(value, family),
+        str_from_instance=lambda part: [repr(part)],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Every field of a run, as it can stand in a TOML file under [model] and [train]."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+Flat = tyro.conf.OmitArgPrefixes
+Presets = Literal["hope", "small", "tiny"]
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _train(arguments: list[str]) -> None:
+    """Pre-train a model on text."""
+    first, rest = _split_base(arguments)
+    base = _base_run(first)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Train:
+        data: tuple[Path, ...]  # files or folders of text
+        out: Path  # the model's folder
+        preset: Presets = "hope"  # which configuration to start from
+        config: Path | None = None  # a TOML file with [model] and [train] tables
+        resume: bool = False  # go on from the newest checkpoint in --out, bit for bit
+        checkpoint_every: int = 50  # steps
+        threads: int = 0  # 0: as many as torch takes
+        model: Flat[ModelConfig] = base.model
+        train: Flat[TrainConfig] = base.train
+
+    del rest
+    with registry:
+        asked = tyro.cli(Train, args=arguments, prog="nestling train", description="Pre-train a model on text.")
+    if asked.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be >= 1 step, got {asked.checkpoint_every}")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    torch.set_flush_denormal(True)
+    documents = read_documents(asked.data)
+    started = newest(asked.out / "train") if asked.out.is_dir() else None
+    if started is not None and not asked.resume:
+        raise ValueError(f"{asked.out}: holds a run already; go on with --resume, or choose another folder")
+    if started is None and asked.resume:
+        raise ValueError(f"{asked.out}: nothing to resume: no checkpoint in it")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise ValueError(f"{asked.out}: is a file; --out needs a folder")
+    run_training(asked.model, asked.train, documents, asked.out, asked.checkpoint_every, asked.resume, asked.data)
+
+
+def run_training(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    documents: list[bytes],
+    out: Path,
+    checkpoint_every: int,
+    resume: bool,
+    data: tuple[Path, ...],
+) -> None:
+    """Train, log to DIR/metrics.jsonl, and write checkpoints."""
+    if model_config.vocabulary != 256:
+        raise ValueError(f"vocabulary must be 256 to train on bytes, got {model_config.vocabulary}")
+    stream = Stream.of(
+        documents, rows=config.rows, length=config.length, reset_share=config.reset_share, seed=config.seed
+    )
+    if resume:
+        _check_same(out, model_config, config)
+    trainer = Trainer(Decoder(model_config, seed=config.seed), config)
+    if resume:
+        for difference in load_run(out, trainer):
+            console.print(f"[yellow]this machine differs, the run will not go on bit for bit: {difference}[/]")
+    run = {"data": [str(path) for path in data], "bytes": sum(map(len, documents))}
+    out.mkdir(parents=True, exist_ok=True)
+    with progress() as bars, open(out / "metrics.jsonl", "a") as log:
+        task = bars.add_task("training", total=config.steps, completed=trainer.step, note="")
+        while trainer.step < config.steps:
+            report = trainer.run_step(stream)
+            log.write(json.dumps(report._asdict()) + "\n")
+            bars.update(task, completed=trainer.step, note=f"{report.loss * BITS:.3f} bits/byte")
+            if trainer.step % checkpoint_every == 0 or trainer.step == config.steps:
+                log.flush()
+                save_run(out, trainer, run)
+    console.print(f"{out}: {trainer.step} steps, {trainer.step * config.rows * config.length:,} tokens")
+
+
+def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig) -> None:
+    folder = newest(out / "train")
+    assert folder is not None
+    saved = json.loads((folder / "config.json").read_text())
+    for name, now in (("model", to_data(model_config)), ("train", to_data(config))):
+        for key, value in now.items():
+            was = saved[name].get(key)
+            if was != value and not (name == "train" and key == "steps"):
+                raise ValueError(f"--resume: {key} was {was!r} in {out}, and is {value!r} now; a run goes on unchanged")
+
+
+def _split_base(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The words after --preset and --config, which decide the defaults of everything else."""
+    found: dict[str, str] = {}
+    for index, word in enumerate(arguments):
+        for name in ("--preset", "--config"):
+            if word == name and index + 1 < len(arguments):
+                found[name] = arguments[index + 1]
+            elif word.startswith(name + "="):
+                found[name] = word.partition("=")[2]
+    return found, arguments
+
+
+def _base_run(found: dict[str, str]) -> Run:
+    name = found.get("--preset", "hope")
+    base = Run(model=preset(name))
+    if "--config" not in found:
+        return base
+    path = Path(found["--config"])
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        told = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    data = to_data(base)
+    for table, values in told.items():
+        if table not in data or not isinstance(values, dict):
+            raise ValueError(f"{path}: unknown table {table!r}; known: model, train")
+        data[table] = {**data[table], **values}
+    return from_data(Run, data, path=str(path))
+
+
+def _reader(directory: Path, *, learning: bool) -> tuple[Any, Reader, Any]:
+    saved = load_model(directory)
+    reader = Reader(saved.model, learning=learning)
+    return saved, reader, open_life(directory, saved, reader)
+
+
+@app.command(name="learn")
+def learn(directory: tyro.conf.Positional[Path], paths: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Let a model read files or folders, learning as it reads.
+
+    Args:
+        directory: a model's folder, from `nestling train`.
+        paths: files or folders of text; every file is one document.
+    """
+    if not paths:
+        raise ValueError("learn: name at least one file or folder to read")
+    documents = read_documents(paths)
+    torch.set_flush_denormal(True)
+    saved, reader, state = _reader(directory, learning=True)
+    total, counted = 0.0, 0
+    with progress() as bars:
+        task = bars.add_task("reading", total=sum(map(len, documents)), note="")
+        for document in documents:
+            tokens = torch.frombuffer(bytearray(document), dtype=torch.uint8).long()
+            for part in tokens.split(4096):
+                state, out = reader.read(state, part)
+                seen = out.nll[out.nll.isfinite()].double()
+                total, counted = total + float(seen.sum()), counted + seen.numel()
+                bars.update(task, advance=part.numel(), note=f"{total * BITS / max(1, counted):.3f} bits/byte")
+            state, _ = reader.end_document(state)
+    save_life(directory, saved, state, {"documents": [str(path) for path in paths]})
+    print(f"read {counted:,} bytes at {total * BITS / max(1, counted):.3f} bits/byte, predicted before learned")
+
+
+@app.command(name="generate")
+def generate_command(
+    directory: tyro.conf.Positional[Path],
+    *,
+    prompt: str,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> None:
+    """Go on from a prompt. Nothing is learned: levels stay as they are, the sequence state is this call's own.
+
+    Args:
+        directory: a model's folder; with a life in it, the life's levels are used.
+        prompt: what comes before.
+        tokens: how many bytes to write.
+        temperature: 0 takes the most likely byte each time.
+        seed: of the sampling.
+    """
+    _, _, state = _reader(directory, learning=False)
+    saved = load_model(directory)
+    torch.set_flush_denormal(True)
+    words = generate(
+        saved.model, prompt.encode(), tokens, weights=state.levels.weights, temperature=temperature, seed=seed
+    )
+    sys.stdout.write(prompt)
+    for byte in words:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(bytes([byte]))
+    sys.stdout.write("\n")
+
+
+@app.command(name="info")
+def info(directory: tyro.conf.Positional[Path]) -> None:
+    """Say what a model is, how it was trained and what its life has read.
+
+    Args:
+        directory: a model's folder.
+    """
+    saved = load_model(directory)
+    config = saved.model.config
+    table = Table(title=str(directory), show_header=False)
+    table.add_row("mixer", repr(config.mixer))
+    for lvl in config.levels:
+        table.add_row("level", repr(lvl))
+    for field in fields(config):
+        if field.name not in ("mixer", "levels"):
+            table.add_row(field.name, str(getattr(config, field.name)))
+    table.add_row("parameters", f"{sum(p.numel() for p in saved.model.parameters()):,}")
+    table.add_row("model hash", saved.hash)
+    table.add_row("trained steps", str(saved.generation.data["training"]["step"]))
+    life = newest(directory / "life")
+    table.add_row("life", "none yet" if life is None else f"{int(life.name):,} tokens read")
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0 when all went well, 2 with one line on stderr for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["train"]:
+            _train(arguments[1:])
+        else:
+            with registry:
+                app.cli(prog="nestling", description=__doc__, args=arguments)
+    except (ValueError, OSError) as error:
+        print(f"nestling: {'; '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nestling: stopped; the last checkpoint stands", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Writing: one token at a time from the sequence state."""
+
+from collections.abc import Iterator
+
+import torch
+
+from nestling.memory.structure import Weights
+
+from .decoder import Decoder
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: bytes,
+    tokens: int,
+    *,
+    weights: tuple[Weights, ...] | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields `tokens` bytes after the prompt, each read back into the sequence state before the next.
+
+    Levels do not learn from what is written. Cost per byte is constant. Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty; a model goes on from at least one byte")
+    if tokens < 0 or temperature < 0:
+        raise ValueError(f"tokens and temperature must be >= 0, got {tokens} and {temperature}")
+    return _generate(model, prompt, tokens, weights, temperature, torch.Generator().manual_seed(seed))
+
+
+def _generate(
+    model: Decoder,
+    prompt: bytes,
+    tokens: int,
+    weights: tuple[Weights, ...] | None,
+    temperature: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    with torch.no_grad():
+        logits, state = model(torch.tensor([list(prompt)]), weights=weights)
+        for _ in range(tokens):
+            if temperature == 0:
+                token = int(logits[0, -1].argmax())
+            else:
+                chances = (logits[0, -1].double() / temperature).softmax(-1)
+                token = int(torch.multinomial(chances, 1, generator=generator))
+            yield token
+            logits, state = model(torch.tensor([[token]]), state, weights=weights)

@@ -1,0 +1,19 @@
+"""Pre-training over contiguous streams of bytes."""
+
+from .checkpoint import load_run, machine, save_run
+from .data import Batch, Stream, read_documents
+from .loop import LevelClock, StepReport, TrainConfig, Trainer, train
+
+__all__ = [
+    "Batch",
+    "LevelClock",
+    "StepReport",
+    "Stream",
+    "TrainConfig",
+    "Trainer",
+    "load_run",
+    "machine",
+    "read_documents",
+    "save_run",
+    "train",
+]

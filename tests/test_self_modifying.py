@@ -1,0 +1,183 @@
+"""Self-modifying Titans: output, final memories and every parameter's gradient against the naive oracle."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.memory.attentional_bias import dot, l2
+from nestling.memory.naive import Choices, naive_self_modifying
+from nestling.memory.retention import decay
+from nestling.memory.rule import momentum, normalize, retain
+from nestling.memory.structure import matrix, mlp, together
+from nestling.sequence import SelfModifying, self_modifying
+
+F64 = torch.float64
+DIM, HEADS, LENGTH = 8, 2, 20
+plain_titans = retain(decay(), momentum(normalize()))
+
+CASES = [
+    (self_modifying(chunk=8, projection_chunk=8), {}),
+    (self_modifying(chunk=8, projection_chunk=2), {}),
+    (self_modifying(chunk=2, projection_chunk=8), {}),
+    (self_modifying(chunk=1, projection_chunk=1), {}),
+    (self_modifying(matrix(), chunk=8, projection_chunk=8), {"residual": False}),
+    (self_modifying(mlp(depth=3, activation="silu"), chunk=4, projection_chunk=8), {"activation": F.silu}),
+    (self_modifying(mlp(residual=False), dot(), chunk=8, projection_chunk=4), {"residual": False, "objective": "dot"}),
+    (self_modifying(chunk=8, projection_chunk=8, read="before"), {"read": "before"}),
+    (self_modifying(chunk=8, projection_chunk=4, read="boundary"), {"read": "boundary"}),
+    (
+        self_modifying(mlp(), l2(), plain_titans, chunk=4, projection_chunk=8),
+        {"delta": False, "dampened": False, "normalized": True, "decay_to": "zero"},
+    ),
+    (self_modifying(chunk=8, projection_chunk=4, way="recurrent"), {}),
+]
+
+
+def make(expression: self_modifying, seed: int = 0) -> tuple[SelfModifying, Tensor]:
+    """A layer none of whose parameters is at its neutral start, and its input [1, t, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = expression.build(DIM, HEADS, generator).to(F64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=F64, generator=generator))
+    return layer, torch.randn(1, LENGTH, DIM, dtype=F64, generator=generator)
+
+
+class Expected(NamedTuple):
+    y: Tensor  # [1, t, d]
+    weights: list[list[Tensor]]  # of each memory each map [1, h, out, in]
+    step_sizes: Tensor  # [h, t], as a share of the bound
+
+
+def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
+    choices = Choices(**{"residual": True, "decay_to": "start", "delta": True, "dampened": True} | changes)
+    mixed = F.pad(layer.mix(x), (0, 0, 3, 0))
+    mixed = F.silu(sum(mixed[:, shift : shift + LENGTH] * layer.convolution.weight[:, shift] for shift in range(4)))
+    both = mixed.view(LENGTH, 2, HEADS, DIM // HEADS)
+    u, queries = (both / both.norm(dim=-1, keepdim=True)).unbind(1)
+    kept = layer.momentum(x)[0].sigmoid()
+    heads = [
+        naive_self_modifying(
+            u[:, head],
+            queries[:, head],
+            kept[:, head],
+            tuple(tuple(weight[head] for weight in start) for start in layer.starts),
+            layer.gate_bias[head],
+            layer.value_scale[head],
+            layer.step_bound,
+            layer.expression.chunk,
+            layer.expression.projection_chunk,
+            choices,
+        )
+        for head in range(HEADS)
+    ]
+    reads = torch.stack([head.reads for head in heads], 1)  # [t, h, k]
+    normed = reads / (reads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    joined = normed.reshape(1, LENGTH, DIM) * layer.output.norm * F.silu(layer.output.gate(x))
+    weights = [
+        [torch.stack(maps)[None] for maps in zip(*of, strict=True)]
+        for of in zip(*(h.weights for h in heads), strict=True)
+    ]
+    step_sizes = torch.stack([head.step_sizes for head in heads]) / layer.step_bound
+    return Expected(layer.output.project(joined), weights, step_sizes)
+
+
+def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
+    """The final weights of the five memories, map by map; narrow answers without their padding."""
+    found = []
+    for memory, at in zip(layer.memories, state.memories, strict=True):
+        assert isinstance(memory.structure, together)
+        for member in range(memory.structure.copies):
+            first, *rest = memory.structure.member_weights(at.running, slice(member, member + 1))
+            found.append([first, *(weight[:, :, 0] for weight in rest)])
+    for gate in (2, 3):
+        assert not found[gate][-1][:, :, 1:].any(), "the padding of a narrow answer stays zero"
+        found[gate][-1] = found[gate][-1][:, :, :1]
+    return found
+
+
+def assert_near(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-10) -> None:
+    atol = rtol * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("expression", "changes"), CASES, ids=[str(expression) for expression, _ in CASES])
+def test_the_layer_is_the_papers_equations(expression, changes):
+    layer, x = make(expression)
+    x.requires_grad_()
+    y, state = layer(x)
+    expected = by_the_oracle(layer, x, changes)
+    assert_near(y, expected.y, "output")
+    outer, outer_expected = 0.0, 0.0
+    generator = torch.Generator().manual_seed(5)
+    for i, (mine, theirs) in enumerate(zip(memories(layer, state), expected.weights, strict=True)):
+        for j, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            assert_near(a, b, f"map {j} of memory {i}")
+            weight = torch.randn(a.shape, dtype=F64, generator=generator)
+            outer, outer_expected = outer + (weight * a).sum(), outer_expected + (weight * b).sum()
+    weight = torch.randn(y.shape, dtype=F64, generator=generator)
+    named = {"x": x, **dict(layer.named_parameters())}
+    of = list(named.values())
+    found = torch.autograd.grad(outer + (weight * y).sum(), of)
+    wanted = torch.autograd.grad(outer_expected + (weight * expected.y).sum(), of)
+    for name, mine, theirs in zip(named, found, wanted, strict=True):
+        assert_near(mine, theirs, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4)])
+def test_every_parameter_learns_over_three_chunks(sizes):
+    layer, x = make(self_modifying(chunk=sizes[0], projection_chunk=sizes[1]))
+    y, _ = layer(x[:, : 3 * max(sizes)])
+    (y * torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(3))).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_steps_at_their_bound_are_counted():
+    layer, x = make(self_modifying(chunk=16, projection_chunk=8))
+    assert layer(x)[1].bounded.tolist() == [0]
+    with torch.no_grad():
+        layer.gate_bias[0, 0] = 4.6
+    share = by_the_oracle(layer, x, {}).step_sizes
+    near = (share > 0.99).sum().item()
+    assert 0 < near < share.numel()
+    _, state = layer(x)
+    assert state.bounded.tolist() == [near]
+    assert layer(x, state)[1].bounded.item() > near, "counting goes on over calls"
+    with torch.no_grad():
+        layer.gate_bias[:, 0] = 50.0
+    reset, valid = torch.zeros(1, LENGTH, dtype=torch.bool), torch.ones(1, LENGTH, dtype=torch.bool)
+    reset[0, 11], valid[0, 14:17] = True, False
+    assert layer(x)[1].bounded.item() == HEADS * LENGTH
+    assert layer(x, state, reset=reset, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 11 - 3)
+    assert layer(x, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 3)
+
+
+def test_at_its_bound_the_step_does_not_diverge():
+    expression = self_modifying(chunk=16, projection_chunk=4)
+    layer = expression.build(DIM, HEADS, torch.Generator().manual_seed(0))
+    assert layer.step_bound == pytest.approx(1.5 / (1 + 16 / 4 + 2 * (16 / 4) ** 0.5))
+    x = torch.randn(1, 8, DIM, generator=torch.Generator().manual_seed(1)).repeat(1, 60, 1)
+    with torch.no_grad():
+        layer.gate_bias[:, 0] = 100.0
+        _, state = layer(x)
+    assert state.bounded.item() == HEADS * 480
+    assert all(weight.abs().max() < 2 for maps in memories(layer, state) for weight in maps)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: self_modifying(matrix(), gradient_at="token"), "self_modifying needs gradient_at='chunk'"),
+        (lambda: self_modifying(chunk=16, projection_chunk=24), "chunk 16 and projection_chunk 24: one must divide"),
+        (lambda: self_modifying(projection_chunk=0), "projection_chunk 0"),
+        (lambda: self_modifying(together(matrix(), (True,))).build(8, 2), r"matrix\(\) and mlp\(\).*not together"),
+        (lambda: self_modifying().build(8, 3), "dim 8 is not a multiple of heads 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

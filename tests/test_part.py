@@ -13,6 +13,7 @@ from nestling.memory.part import Part, all_variants, known, parse
 from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import (
     Rule,
+    clip,
     dampen,
     delta_gradient_descent,
     every,
@@ -30,7 +31,8 @@ directions = st.recursive(
     st.just(surprise()),
     lambda inner: st.one_of(
         *[st.builds(part, inner) for part in (scale, gradient_descent, dampen, normalize, momentum)],
-        st.sampled_from([gradient_descent(), dampen(), normalize(), momentum()]),
+        st.builds(clip, inner, st.floats(0, exclude_min=True, allow_nan=False)),
+        st.sampled_from([gradient_descent(), clip(), clip(bound=2.0), dampen(), normalize(), momentum()]),
     ),
     max_leaves=4,
 )
@@ -82,6 +84,7 @@ def test_parts_are_equal_where_they_print_alike(one, other):
         (every(math.inf), "every(inf)"),
         (gradient_descent(), "gradient_descent()"),
         (scale(momentum(surprise())), "scale(momentum(surprise()))"),
+        (clip(momentum(), 0.5), "clip(momentum(), bound=0.5)"),
         (mlp(depth=3, activation="silu"), "mlp(depth=3, activation='silu')"),
         (together(matrix(), (True, False)), "together(matrix(), (True, False))"),
         (sequence_memory(rule=momentum()), "sequence_memory(mlp(), l2(), momentum())"),

@@ -14,6 +14,7 @@ from nestling.memory.rule import (
     Pairs,
     Rule,
     Summed,
+    clip,
     dampen,
     delta_gradient_descent,
     every,
@@ -69,65 +70,78 @@ class TestEquations:
     """Two steps by the rule and by its equation, written out."""
 
     def steps(self, rule, n, form):
-        """(W before, g, x, step size, momentum, retention, W after) of two steps, gates different in each."""
+        """(W before, g, x, e, step size, momentum, retention, W after) of two steps, gates different in each."""
         weight, state, told = given_pairs()[0], None, []
         for seed in (10, 20):
             gradient, gates = given_pairs(n, seed)[1], given_gates(seed)
             after, state = run(rule, weight, form(gradient), gates, state)
             g = torch.einsum("...no,...ni->...oi", gradient.error, gradient.input)
-            told.append((weight, g, gradient.input, *map(wide, (gates[0], gates[1], gates[2].exp())), after))
+            told.append(
+                (weight, g, gradient.input, gradient.error, *map(wide, (gates[0], gates[1], gates[2].exp())), after)
+            )
             weight = after
         return told
 
     def test_surprise(self, n, form):
-        for before, g, _, _, _, _, after in self.steps(surprise(), n, form):
+        for before, g, _, _, _, _, _, after in self.steps(surprise(), n, form):
             same(after, before - g)
 
     @pytest.mark.parametrize("rule", [gradient_descent(), scale(surprise())], ids=str)
     def test_gradient_descent(self, n, form, rule):
-        for before, g, _, step, _, _, after in self.steps(rule, n, form):
+        for before, g, _, _, step, _, _, after in self.steps(rule, n, form):
             same(after, before - step * g)
 
+    @pytest.mark.parametrize("bound", [1.0, 2.5])
+    def test_clip(self, n, form, bound):
+        for before, g, x, error, step, _, _, after in self.steps(clip(bound=bound), n, form):
+            if form is as_summed:  # as if it were one pair
+                length = wide(g.square().sum((-1, -2)).sqrt() / x.square().sum((-1, -2)).sqrt())
+                clipped = g * (bound / length).clamp(max=1)
+            else:
+                shorter = error * (bound / error.norm(dim=-1, keepdim=True)).clamp(max=1)
+                clipped = torch.einsum("...no,...ni->...oi", shorter, x)
+            same(after, before - step * clipped)
+
     def test_dampen(self, n, form):
-        for before, g, _, step, kept, _, after in self.steps(dampen(), n, form):
+        for before, g, _, _, step, kept, _, after in self.steps(dampen(), n, form):
             same(after, before - (1 - kept) * step * g)
 
     def test_normalize_since_the_anchor(self, n, form):
         seen = 0.0
-        for before, g, x, step, _, _, after in self.steps(normalize(), n, form):
+        for before, g, x, _, step, _, _, after in self.steps(normalize(), n, form):
             seen = seen + wide(x.square().sum((-1, -2)))
             same(after, before - step / (1 + step * seen) * g)
 
     def test_momentum(self, n, form):
         buffer = 0.0
-        for before, g, _, step, kept, _, after in self.steps(momentum(), n, form):
+        for before, g, _, _, step, kept, _, after in self.steps(momentum(), n, form):
             buffer = kept * buffer - step * g
             same(after, before + buffer)
 
     def test_scale_outside_of_momentum(self, n, form):
         buffer = 0.0
-        for before, g, _, step, kept, _, after in self.steps(scale(momentum(surprise())), n, form):
+        for before, g, _, _, step, kept, _, after in self.steps(scale(momentum(surprise())), n, form):
             buffer = kept * buffer - g
             same(after, before + step * buffer)
 
     def test_average_in_momentum(self, n, form):
         buffer = 0.0
-        for before, g, _, step, kept, _, after in self.steps(momentum(dampen()), n, form):
+        for before, g, _, _, step, kept, _, after in self.steps(momentum(dampen()), n, form):
             buffer = kept * buffer - (1 - kept) * step * g
             same(after, before + buffer)
 
     def test_retain(self, n, form):
-        for before, g, _, step, _, retention, after in self.steps(retain(), n, form):
+        for before, g, _, _, step, _, retention, after in self.steps(retain(), n, form):
             same(after, retention * before - step * g)
 
     def test_retain_toward_the_start(self, n, form):
         start = given_pairs()[0]
-        for before, g, _, step, _, retention, after in self.steps(retain(decay_to_start()), n, form):
+        for before, g, _, _, step, _, retention, after in self.steps(retain(decay_to_start()), n, form):
             same(after, start + retention * (before - start) - step * g)
 
     def test_delta_gradient_descent_around_momentum_inside_retain(self, n, form):
         buffer = 0.0
-        for before, g, x, step, kept, retention, after in self.steps(
+        for before, g, x, _, step, kept, retention, after in self.steps(
             retain(decay(), delta_gradient_descent(momentum())), n, form
         ):
             step = step / (1 + step * wide(x.square().sum((-1, -2))))
@@ -291,6 +305,8 @@ class TestEvery:
         (lambda: retain(decay(), every(2)), ["retain(", "every(2)"]),
         (lambda: retain(momentum()), ["retain(", "momentum()", "decay()"]),
         (lambda: every(2, every(3)), ["every(2", "every(3)"]),
+        (lambda: clip(bound=0.0), ["clip: bound must be > 0, got 0.0"]),
+        (lambda: clip(retain()), ["clip(", "retain()"]),
         (lambda: every(0), ["period", "got 0"]),
         (lambda: every(2.5), ["period", "got 2.5"]),
         (lambda: every(math.nan), ["period", "got nan"]),
@@ -302,7 +318,17 @@ def test_a_wrong_pair_of_parts_is_named(build, names):
     assert all(name in str(refused.value) for name in names), refused.value
 
 
-@pytest.mark.parametrize("rule", [delta_gradient_descent(), normalize(), retain(decay(), delta_gradient_descent())])
+def test_a_clipped_sum_of_nothing_changes_nothing():
+    weight, _ = given_pairs()
+    nothing = Pairs(torch.zeros(*LEADING, 2, OUT, dtype=F64), torch.zeros(*LEADING, 2, IN, dtype=F64))
+    for gradient in (nothing, as_summed(nothing)):
+        after, _ = run(clip(), weight, gradient, given_gates())
+        assert torch.equal(after, weight)
+
+
+@pytest.mark.parametrize(
+    "rule", [delta_gradient_descent(), normalize(), clip(), retain(decay(), delta_gradient_descent())]
+)
 def test_inputs_are_asked_for_where_they_are_needed(rule):
     weight, gradient = given_pairs(3)
     assert rule.needs_inputs

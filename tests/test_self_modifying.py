@@ -1,5 +1,6 @@
 """Self-modifying Titans: output, final memories and every parameter's gradient against the naive oracle."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -30,7 +31,7 @@ CASES = [
     (self_modifying(chunk=8, projection_chunk=4, read="boundary"), {"read": "boundary"}),
     (
         self_modifying(mlp(), l2(), plain_titans, chunk=4, projection_chunk=8),
-        {"delta": False, "dampened": False, "normalized": True, "decay_to": "zero"},
+        {"delta": False, "dampened": False, "clip": math.inf, "normalized": True, "decay_to": "zero"},
     ),
     (self_modifying(chunk=8, projection_chunk=4, way="recurrent"), {}),
 ]
@@ -53,7 +54,7 @@ class Expected(NamedTuple):
 
 
 def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
-    choices = Choices(**{"residual": True, "decay_to": "start", "delta": True, "dampened": True} | changes)
+    choices = Choices(**{"residual": True, "decay_to": "start", "delta": True, "clip": 1.0, "dampened": True} | changes)
     mixed = F.pad(layer.mix(x), (0, 0, 3, 0))
     mixed = F.silu(sum(mixed[:, shift : shift + LENGTH] * layer.convolution.weight[:, shift] for shift in range(4)))
     both = mixed.view(LENGTH, 2, HEADS, DIM // HEADS)

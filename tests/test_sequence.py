@@ -1,6 +1,7 @@
 """Memories run over tokens: forward, final state and every outer gradient against the naive oracle."""
 
 import dataclasses
+import math
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from nestling.memory.naive import Choices, naive_memory
 from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import (
     Gates,
+    clip,
     dampen,
     delta_gradient_descent,
     every,
@@ -57,6 +59,8 @@ FROZEN = [
     Memory(mlp(), l2(), retain(decay(), momentum(normalize())), 16, "chunk"),
     Memory(mlp(), dot(), delta_gradient_descent(), 16, "chunk", "before"),
     Memory(mlp(), l2(), retain(decay_to_start(), hope), 16, "chunk"),
+    Memory(mlp(), l2(), retain(decay_to_start(), delta_gradient_descent(momentum(dampen(clip())))), 16, "chunk"),
+    Memory(mlp(depth=3), dot(), retain(decay(), momentum(dampen(normalize(clip(bound=0.5))))), 16, "chunk", "before"),
     Memory(mlp(), l2(), normalize(outside), 16, "chunk", "boundary"),
     Memory(mlp(depth=3), l2(), delta_gradient_descent(momentum(normalize())), 16, "chunk"),
     Memory(deep, l2(), retain(decay(), delta_gradient_descent(outside)), 16, "chunk", "before"),
@@ -132,6 +136,7 @@ def buffers(state: MemoryState) -> tuple[Tensor, ...]:
 def slow(memory: Memory, data: Data) -> Found:
     """By the naive oracle, head by head; its choices are read off the expression."""
     words = set(re.findall(r"\w+", repr(memory.rule)))
+    bound = re.search(r"bound=([\d.]+)", repr(memory.rule))
     choices = Choices(
         objective="dot" if memory.attentional_bias == dot() else "l2",
         residual=getattr(memory.structure, "residual", False),
@@ -139,6 +144,7 @@ def slow(memory: Memory, data: Data) -> Found:
         decay_to="start" if "decay_to_start" in words else "zero",
         delta="delta_gradient_descent" in words,
         normalized="normalize" in words,
+        clip=float(bound[1]) if bound else 1.0 if "clip" in words else math.inf,
         dampened="dampen" in words,
         step_size="outside" if "scale" in words else "inside",
         chunk=1 if memory.exact else memory.chunk,
@@ -336,6 +342,15 @@ def test_the_layer_is_the_oracle_between_its_projections(expression):
 def test_a_choice_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Memory(**changes)
+
+
+def test_clipped_errors_at_every_token_have_no_chunked_form():
+    memory = Memory(matrix(), l2(), clip(), 16, "token")
+    data = make(memory, 20)
+    with pytest.raises(ValueError, match=r"clip\(\) has no chunked form with gradient_at='token'"):
+        fast(memory, data)
+    memory = dataclasses.replace(memory, way="recurrent")
+    assert_same(fast(memory, data), slow(memory, data), data)
 
 
 @pytest.mark.parametrize("rule", [every(4), momentum(momentum())], ids=str)

@@ -10,9 +10,9 @@ import json
 import math
 import sys
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,7 +24,6 @@ from nestling.learner import load_model, newest, open_life, save_life
 from nestling.levels import Reader
 from nestling.memory import Part, parse
 from nestling.models import Decoder, ModelConfig, generate, preset
-from nestling.models.config import PRESETS
 from nestling.models.data import from_data, to_data
 from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
 

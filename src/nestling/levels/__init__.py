@@ -1,6 +1,7 @@
 """Levels: memories with their own periods, how they are written while a model reads."""
 
 from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
+from .evaluation import mean_surprise, surprise_by_position
 from .reading import Reader, ReadingState, ReadOut
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "Taps",
     "begin",
     "level",
+    "mean_surprise",
+    "surprise_by_position",
     "write",
 ]

@@ -33,6 +33,7 @@ class LevelledModel(Protocol):
         *,
         weights: tuple[Weights, ...] | None = None,
         taps: list[Taps] | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Any]: ...
 
 

@@ -5,6 +5,7 @@ output of each linear map is torch.autograd's, taken with a graph, so that an ou
 write. Fast twins: `nestling.sequence.Memory`, `SequenceMemory` and `SelfModifying`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -23,10 +24,11 @@ class Choices:
 
     Memory: M(x) = W_L s(... s(W_1 x)), s the activation, and x + that with `residual`. objective: "dot", -<M(k), v>,
     or "l2", |M(k) - v|^2 / 2. decay_to: what is left when all is forgotten, "zero" or the "start". delta: the erase
-    of delta gradient descent. normalized: the step bounded by the inputs seen since the chunk opened. dampened: the
-    gradient enters the momentum times (1 - momentum). step_size: of the gradient, "inside" the momentum (Titans) or
-    "outside" of it (torch). chunk: gradients are taken where a chunk of so many tokens opened; 1: at every token's
-    own weights. read: token t reads "after" its own write, "before" it, or at the chunk's "boundary".
+    of delta gradient descent. normalized: the step bounded by the inputs seen since the chunk opened. clip: the
+    longest error at a map's output. dampened: the gradient enters the momentum times (1 - momentum). step_size: of
+    the gradient, "inside" the momentum (Titans) or "outside" of it (torch). chunk: gradients are taken where a chunk
+    of so many tokens opened; 1: at every token's own weights. read: token t reads "after" its own write, "before" it,
+    or at the chunk's "boundary".
     """
 
     objective: Literal["dot", "l2"] = "l2"
@@ -35,6 +37,7 @@ class Choices:
     decay_to: Literal["zero", "start"] = "zero"
     delta: bool = False
     normalized: bool = False
+    clip: float = math.inf
     dampened: bool = False
     step_size: Literal["inside", "outside"] = "inside"
     chunk: int = 1
@@ -64,6 +67,7 @@ def naive_memory(
     For every linear map W, its input x_t and the error e_t at its output, both at the weights on which the chunk
     opened (or W_{t-1}, where chunk is 1)::
 
+        e_t <- e_t min(1, clip / |e_t|)
         eta_t <- eta_t / (1 + eta_t |x_t|^2)                   with delta; this eta_t is the erase's too
         eta_t <- eta_t / (1 + eta_t n_t)                       normalized; n_t = sum of |x|^2 since the chunk opened
         S_t = m_t S_{t-1} - eta_t e_t x_t^T                    dampened: (1 - m_t) eta_t e_t x_t^T
@@ -112,7 +116,7 @@ def naive_self_modifying(
     step_bound: float,
     chunk: int,
     projection_chunk: int,
-    choices: Choices = Choices(residual=True, decay_to="start", delta=True, dampened=True),
+    choices: Choices = Choices(residual=True, decay_to="start", delta=True, clip=1.0, dampened=True),
 ) -> NaiveSelfModifying:
     """The inner part of self-modifying Titans: memories for key, value, step size, retention, and the main one.
 
@@ -125,7 +129,7 @@ def naive_self_modifying(
         constant of the inner derivative, but not of the outer one
         y_t = M_main(q_t) after its own write, or as `choices.read` says
 
-    Without erase, momentum average or residual where `choices` says so; `choices.chunk` is not used.
+    Without erase, clip, momentum average or residual where `choices` says so; `choices.chunk` is not used.
 
     u and queries [t, k], L2-normalised; momentum [t]; starts: the initial weights of the five, [out, in] each,
     of which those for step size and retention end in one number and have no residual; gate_bias [2]; value_scale [].
@@ -220,7 +224,8 @@ def _write(choices: Choices, memory: _Standing, key: Tensor, value: Tensor, gate
             changed = changed - step_size * torch.outer(weight @ x, x)
         if choices.normalized:
             step_size = step_size / (1 + step_size * seen[i])
-        surprise = -torch.outer(error, x)
+        length = error.norm()
+        surprise = -torch.outer(error * (choices.clip / length) if length > choices.clip else error, x)
         if choices.dampened:
             surprise = (1 - gates.momentum) * surprise
         if choices.step_size == "inside":

@@ -8,20 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.memory.attentional_bias import l2
-from nestling.memory.retention import decay_to_start
-from nestling.memory.rule import delta_gradient_descent, every, momentum, retain, scale, surprise
-from nestling.memory.state import clone, detach, flatten
+from nestling.memory.retention import decay, decay_to_start
+from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, scale, surprise
+from nestling.memory.state import clone, detach, flatten, unflatten
 from nestling.memory.structure import matrix, mlp
 from nestling.sequence import MixerModule, attention, lay_out, self_modifying, sequence_memory
 from nestling.sequence.convolution import ShortConvolution
 
 F64 = torch.float64
 DIM, HEADS = 8, 2
+outside = scale(momentum(dampen(surprise())))
 delta = retain(decay_to_start(), delta_gradient_descent(momentum()))
 MIXERS = [
     sequence_memory(chunk=4),
     sequence_memory(matrix(), l2(), delta, 4, "token"),
-    sequence_memory(mlp(), l2(), delta_gradient_descent(scale(momentum(surprise()))), 4, read="before"),
+    sequence_memory(mlp(), l2(), retain(decay(), delta_gradient_descent(outside)), 4, read="before"),
     sequence_memory(mlp(), l2(), every(3, delta), 4, way="recurrent"),
     self_modifying(chunk=4, projection_chunk=4),
     self_modifying(chunk=8, projection_chunk=4),
@@ -214,6 +215,22 @@ def test_attention_is_a_softmax_over_its_window(window):
 def test_chunk_sizes_that_do_not_line_up_are_refused():
     with pytest.raises(ValueError, match=r"must divide the largest of them, got \(4, 6\)"):
         lay_out(torch.tensor([0]), 5, (4, 6))
+
+
+@pytest.mark.parametrize("expression", MIXERS, ids=str)
+def test_a_state_is_a_dict_of_named_tensors_and_back(expression):
+    layer = make(expression)
+    _, state = layer(normal(2, 7, DIM))
+    flat = flatten(state)
+    rebuilt = unflatten(layer.init_state(2), {name: tensor.clone() for name, tensor in flat.items()})
+    x = normal(2, 5, DIM, seed=1)
+    assert torch.equal(layer(x, rebuilt)[0], layer(x, state)[0])
+    assert flatten(rebuilt).keys() == flat.keys()
+    first = next(iter(flat))
+    with pytest.raises(ValueError, match=f"has no tensor '{first}'"):
+        unflatten(state, {name: tensor for name, tensor in flat.items() if name != first})
+    with pytest.raises(ValueError, match=f"'{first}' has shape .*, needed"):
+        unflatten(state, flat | {first: flat[first][:1]})
 
 
 def test_empty_calls_change_nothing():

@@ -9,8 +9,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import json
 import math
 import sys
+import tempfile
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from nestling.levels import Reader
 from nestling.memory import Part, parse
 from nestling.models import Decoder, ModelConfig, generate, preset
 from nestling.models.data import from_data, to_data
+from nestling.tasks.demo import DEMO_TRAIN, DemoConfig, run_demo, shortened
+from nestling.tasks.report import print_report, write_report
 from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
 
 BITS = 1 / math.log(2)
@@ -278,6 +281,36 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
     life = newest(directory / "life")
     table.add_row("life", "none yet" if life is None else f"{int(life.name):,} tokens read")
     Console().print(table)
+
+
+@app.command(name="demo")
+def demo(*, out: Path = Path("runs/demo"), short: bool = False, seed: int = 0) -> None:
+    """Pre-train a small Hope on text that every Python ships with, let it read two other bodies of text, and
+    report what it learned and what it forgot.
+
+    Args:
+        out: where report.html, report.json and the model go.
+        short: a few steps of everything, for a quick check that it runs.
+        seed: of the weights, the split of the text, the order of the stream.
+    """
+    config = DemoConfig(seed=seed, train=replace(DEMO_TRAIN, seed=seed))
+    if short:
+        config = shortened(config)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; --out needs a folder")
+    with tempfile.TemporaryDirectory() as scratch, progress() as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, done: float, total: float, note: str) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, note="")
+            bars.update(tasks[name], completed=done, note=note)
+
+        data = run_demo(config, Path(scratch), tell)
+        out.mkdir(parents=True, exist_ok=True)
+    html, numbers = write_report(data, out)
+    print_report(data, Console())
+    print(f"{html}\n{numbers}")
 
 
 def main(arguments: list[str] | None = None) -> int:

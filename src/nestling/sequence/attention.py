@@ -50,7 +50,7 @@ class SlidingAttention(MixerModule):
             raise ValueError(f"attention needs an even head width for rotary positions, got {dim} / {heads}")
         self.heads, self.window = heads, expression.window
         self.qkv = linear(3 * dim, dim, generator)
-        self.convolution = ShortConvolution(3 * dim, expression.convolution)
+        self.convolution = ShortConvolution(3 * dim, expression.convolution, generator)
         self.project = linear(dim, dim, generator)
 
     def init_state(self, batch: int) -> AttentionState:

@@ -134,7 +134,8 @@ class MapChunk(NamedTuple):
             return x.narrow(dim, start * size, (stop - start) * size)
 
         weight, writes = rows(self.weight, -2), rows(self.writes, -1)
-        assert weight is not None and writes is not None
+        assert weight is not None
+        assert writes is not None
         inputs = self.inputs[:, :, members] if lead else self.inputs
         buffer, start = rows(self.buffer, -2), rows(self.start, -2)
         return MapChunk(weight, buffer, start, inputs, writes, rows(self.erased, -1), self.carry)
@@ -207,6 +208,7 @@ def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
     weight = weight - change.mT @ chunk.inputs
     if chunk.buffer is None:
         return weight, None
-    assert chunk.carry.decayed is not None and chunk.carry.start_decayed is not None
+    assert chunk.carry.decayed is not None
+    assert chunk.carry.start_decayed is not None
     fresh = (chunk.writes * chunk.carry.decayed[..., None]).mT @ chunk.inputs
     return weight, chunk.buffer * chunk.carry.start_decayed[..., None, None] - fresh

@@ -57,7 +57,7 @@ class SequenceMemory(MixerModule):
         self.heads, self.memory = heads, memory
         head_dim = dim // heads
         self.qkv = linear(3 * dim, dim, generator)
-        self.convolution = ShortConvolution(3 * dim, memory.convolution)
+        self.convolution = ShortConvolution(3 * dim, memory.convolution, generator)
         self.gates = linear(3 * heads, dim, generator, bias=True, gain=0.3)
         with torch.no_grad():
             self.gates.bias[2 * heads :].fill_(5.0)  # retention starts at 0.993 a token

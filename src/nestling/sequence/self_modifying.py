@@ -101,7 +101,7 @@ class SelfModifying(MixerModule):
         )
 
         self.mix = linear(2 * dim, dim, generator)
-        self.convolution = ShortConvolution(2 * dim, expression.convolution)
+        self.convolution = ShortConvolution(2 * dim, expression.convolution, generator)
         self.momentum = linear(heads, dim, generator, bias=True, gain=0.3)
         self.value_scale = nn.Parameter(torch.ones(heads))
         self.gate_bias = nn.Parameter(torch.tensor([0.0, 5.0]).repeat(heads, 1))  # step size, retention

@@ -1,5 +1,6 @@
 """The demo: pre-train a small Hope, let it live through two bodies of text, and say what it learned and forgot."""
 
+import itertools
 import lzma
 import math
 import multiprocessing
@@ -34,18 +35,29 @@ ARMS = {
 }
 
 
+DEMO_TRAIN = TrainConfig(steps=300, rows=4, length=256, learning_rate=4e-3, warmup_steps=10)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What the demo does, and how much of it."""
 
     model: ModelConfig = preset("hope")
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = DEMO_TRAIN
     read_bytes: int = 96_000  # of each body after the first
     held_out_bytes: int = 32_768  # of each body
     probe_bytes: int = 8_192  # of the held-out text, for the curves
     probes: int = 3  # inside each body
     seed: int = 0
     short: bool = False
+
+
+def shortened(config: DemoConfig) -> DemoConfig:
+    """A demo of about a minute: too little training to claim anything, enough to see that all of it runs."""
+    train = replace(config.train, steps=20, rows=2, length=128, warmup_steps=5)
+    return replace(
+        config, train=train, read_bytes=12_288, held_out_bytes=4_096, probe_bytes=2_048, probes=1, short=True
+    )
 
 
 Tell = Callable[[str, float, float, str], None]
@@ -250,7 +262,7 @@ def _pre_train(config: DemoConfig, model_config: ModelConfig, name: str, folder:
         "held_out": _held_out(model, bodies, None, config.held_out_bytes),
         "probe": _held_out(model, bodies, None, config.probe_bytes),
         "by_position": [
-            [a, b, float(by_position[:, a:b].nanmean())] for a, b in zip(edges[:-1], edges[1:], strict=True)
+            [a, b, float(by_position[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)
         ],
         "peak_bytes": peak_bytes(),
     }

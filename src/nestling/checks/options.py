@@ -1,0 +1,219 @@
+"""Is every option of an expression alive? An option that changes nothing is a promise that the code does not keep."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Collection, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nestling.levels import Reader, level
+from nestling.memory import Part, clip, dampen, momentum, retain
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import Mixer
+
+from .bench import apart, sealed
+from .report import Finding, skip
+
+_SAME = 1e-10
+# bounds are made tight enough to bind, or nothing could tell them from no bound
+_SMALL = {
+    "dim": 8,
+    "heads": 2,
+    "blocks": 1,
+    "vocabulary": 7,
+    "chunk": 4,
+    "projection_chunk": 4,
+    "window": 4,
+    "bound": 0.05,
+}
+_EXAMPLES = {"clip": clip(bound=_SMALL["bound"])}  # of parts; others as they are by default
+
+
+class Variant(NamedTuple):
+    """An expression with one option changed. number: one of several other values of an option, of which one has
+    to make a difference; else each has to. neutral: it must not."""
+
+    path: str
+    value: Any
+    expression: Any
+    number: bool
+    neutral: bool
+
+
+@sealed()
+def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) -> Finding:
+    """Every option of the expression of a mixer, a `ModelConfig` or a Decoder's configuration changes the numbers.
+
+    Option by option, also inside the parts (structure, rule, retention, levels): every other choice has to change
+    the output, and of a number one of some other values. The expression is made small first: widths, chunks,
+    periods, bounds. A variant has the base's parameters where their names and shapes agree, else it is built anew.
+    Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way`,
+    `chunk` where gradients are taken at every token, and options whose path is in `neutral`. Options without
+    another legal value, and those that a level's rule does not use, are named in `detail` and not judged.
+    Measured: how many options break this.
+    """
+    expression = model.config if isinstance(model, Decoder) else model
+    if not isinstance(expression, Mixer | ModelConfig):
+        return skip("options_live", "the model has no nestling expression")
+    base = small(expression)
+    built, start = _build(base, seed)
+    expected = _measure(built)
+    effects: dict[tuple[str, str], list[float]] = {}
+    faults = []
+    for variant in variants(base):
+        try:
+            other, other_start = _build(variant.expression, seed, built)
+            difference = apart(expected, _measure(other))
+        except ValueError:
+            continue  # not legal here
+        if difference <= _SAME and apart(start, other_start) > 0.0:
+            difference = math.inf  # it acts on how a model starts
+        if not (variant.neutral or variant.path in neutral):
+            told = "" if variant.number else f"={variant.value!r}"
+            effects.setdefault((variant.path, told), []).append(difference)
+        else:
+            effects[variant.path, ""] = [math.inf]
+            if difference > _SAME:
+                faults.append(f"{variant.path}={variant.value!r} must change nothing, changes {difference:.1e}")
+    faults += [f"{path}{told} changes nothing" for (path, told), found in effects.items() if max(found) <= _SAME]
+    judged = {path for path, _ in effects}
+    rest = [path for path in _paths(base) if path not in judged]
+    notes = [f"not judged: {', '.join(rest)}"] if rest else []
+    return Finding("options_live", not faults and bool(judged), len(faults), "0", "; ".join(faults + notes))
+
+
+def small(part: Any) -> Any:
+    """The same expression at the size of a test."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if field.name in _SMALL:
+            changes[field.name] = _SMALL[field.name]
+        elif isinstance(value, Part):
+            changes[field.name] = small(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], level):
+            periods = [math.inf if lvl.period == math.inf else 4 * 2**i for i, lvl in enumerate(value)]
+            pairs = zip(value, periods, strict=True)
+            changes[field.name] = tuple(dataclasses.replace(small(lvl), period=period) for lvl, period in pairs)
+    return dataclasses.replace(part, **changes)
+
+
+def variants(part: Any, path: str = "") -> Iterator[Variant]:
+    """The expression with each option in turn changed to other values, those of its parts included."""
+    kinds = typing.get_type_hints(type(part))
+    unused = _unused(part)
+    for field in dataclasses.fields(part):
+        name, value = field.name, getattr(part, field.name)
+        if name in unused:
+            continue
+        neutral = name == "way" or (name == "chunk" and getattr(part, "exact", False))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        for other in _others(kinds[name], value):
+            yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral))
+        if isinstance(value, Part):
+            for inner in variants(value, f"{path}{name}."):
+                yield from _replaced(part, inner.path, name, inner)
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if not isinstance(item, Part) or _twin(item, value[:index]):
+                    continue
+                for inner in variants(item, f"{path}{name}[{index}]."):
+                    items = (*value[:index], inner.expression, *value[index + 1 :])
+                    yield from _replaced(part, inner.path, name, inner._replace(expression=items))
+
+
+def _replaced(part: Any, path: str, name: str, inner: Variant) -> Iterator[Variant]:
+    """`part` with the field `name` as in `inner`, if that is legal."""
+    try:
+        yield inner._replace(path=path, expression=dataclasses.replace(part, **{name: inner.expression}))
+    except ValueError:
+        return
+
+
+def _others(kind: Any, value: Any) -> Iterator[Any]:
+    """Other values of an option of this type: all of a choice, some of a number."""
+    if typing.get_origin(kind) is Literal:
+        yield from (other for other in typing.get_args(kind) if other != value)
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        some = (8,) if value == math.inf else (2 * value, value / 2, value / 100, value + 1, 1)
+        whole = isinstance(value, int) or kind is int
+        yield from (int(other) if whole else other for other in some if other != value and not (whole and other % 1))
+    elif isinstance(value, Part):
+        for name, other in type(value).variants.items():
+            told = all(field.default is not dataclasses.MISSING for field in dataclasses.fields(other))  # type: ignore[arg-type]
+            if told and issubclass(other, kind) and other is not type(value):
+                yield small(_EXAMPLES.get(name, other()))
+    elif isinstance(value, tuple) and len(value) > 1:
+        yield value[:-1]
+
+
+def _unused(part: Any) -> set[str]:
+    """Options that mean nothing beside the others: those of a level that a rule like its own does not use."""
+    if not isinstance(part, level):
+        return set()
+    if part.period == math.inf:
+        return {"rule", "step_size", "momentum", "retention"}
+    parts = list(_parts(part.rule))
+    unused = set() if any(isinstance(p, momentum | dampen) for p in parts) else {"momentum"}
+    return unused if any(isinstance(p, retain) for p in parts) else unused | {"retention"}
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    yield part
+    for field in dataclasses.fields(part):
+        if isinstance(getattr(part, field.name), Part):
+            yield from _parts(getattr(part, field.name))
+
+
+def _paths(part: Any, path: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        yield path + field.name
+        if isinstance(value, Part):
+            yield from _paths(value, f"{path}{field.name}.")
+        for index, item in enumerate(value if isinstance(value, tuple) else ()):
+            if not _twin(item, value[:index]):
+                yield from _paths(item, f"{path}{field.name}[{index}].")
+
+
+def _twin(item: Any, others: tuple[Any, ...]) -> bool:
+    """Is it like one of the others in all but its period?"""
+    return any(isinstance(item, level) and dataclasses.replace(item, period=o.period) == o for o in others)
+
+
+def _build(expression: Any, seed: int, like: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The expression's module in float64 with all parameters moved, or equal to those of `like` where they fit;
+    and its parameters as they were at first."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(expression, ModelConfig):
+        module: nn.Module = Decoder(expression, seed=seed)
+    else:
+        module = expression.build(_SMALL["dim"], _SMALL["heads"], generator)
+    module = module.double()
+    start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        spread = float(parameter.square().mean().sqrt()) or 0.3
+        parameter.add_(0.3 * spread * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
+    shapes = {name: parameter.shape for name, parameter in start.items()}
+    if like is not None and shapes == {name: parameter.shape for name, parameter in like.named_parameters()}:
+        module.load_state_dict(like.state_dict(), strict=False)
+    return module, start
+
+
+def _measure(module: nn.Module) -> list[Tensor]:
+    """The numbers by which options are judged."""
+    generator = torch.Generator().manual_seed(1)
+    if not isinstance(module, Decoder):
+        return [module(2.0 * torch.randn(2, 19, _SMALL["dim"], dtype=torch.float64, generator=generator))[0]]
+    config = module.config
+    tokens = torch.randint(min(config.vocabulary, 7), (2, 19), generator=generator)
+    periods = [int(lvl.period) for lvl in config.levels if lvl.period != math.inf]
+    text = torch.randint(min(config.vocabulary, 7), (2 * max(periods, default=4) + 5,), generator=generator)
+    reader = Reader(module)
+    _, out = reader.read(reader.begin(), text)
+    return [module(tokens)[0], out.nll]

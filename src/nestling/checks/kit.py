@@ -30,8 +30,8 @@ def check(model: SequenceModel, *, seed: int = 0, only: Collection[str] | None =
 
     Raises ValueError for a name in `only` that is no check. What a model raises when it is called is not caught.
     """
-    names = list(CHECKS) if only is None else [name for name in only if known(name, CHECKS, "check")]
-    return Report(tuple(CHECKS[name](model, seed, steps) for name in names))
+    chosen = [known(name, CHECKS, "check") for name in (CHECKS if only is None else only)]
+    return Report(tuple(run(model, seed, steps) for run in chosen))
 
 
 @sealed()
@@ -85,17 +85,19 @@ def entropy_floor(model: SequenceModel, *, seed: int = 0, steps: int = 300, lear
 @sealed()
 def gradient_coverage(model: SequenceModel, *, seed: int = 0) -> Finding:
     """Every parameter gets an outer gradient, finite and not zero, from the next-token loss over more than three
-    chunks. Zero is: below 1e-12 of the largest, root mean square. Measured: how many parameters get none."""
+    chunks; of a matrix (or a stack of them) every row does, since keys, values and queries may share one, but of
+    tables with a row a token only some. Zero is: below 1e-12 of the largest, root mean square. Measured: how many
+    parameters lack some."""
     on = bench(model, seed)
-    tokens = on.tokens(2, 3 * on.span + 2)
-    names, gradients, _ = _outer_gradient(on.model, tokens)
-    sizes = [float(gradient.square().mean().sqrt()) for gradient in gradients]
-    largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
-    without = [
-        f"{name} ({size:.1g})"
-        for name, size in zip(names, sizes, strict=True)
-        if not math.isfinite(size) or size <= 1e-12 * largest
-    ]
+    names, gradients, _ = _outer_gradient(on.model, on.tokens(2, 3 * on.span + 2))
+    largest = max((_size(g) for g in gradients if g.isfinite().all()), default=0.0)
+    without = []
+    for name, gradient in zip(names, gradients, strict=True):
+        by_row = gradient.dim() > 1 and gradient.shape[0] != on.vocabulary
+        rows = [_size(row) for row in (gradient if by_row else gradient[None])]
+        missing = sum(not 1e-12 * largest < size < math.inf for size in rows)
+        if missing:
+            without.append(name if missing == len(rows) else f"{name} ({missing} of {len(rows)} rows)")
     detail = f"without: {', '.join(without)}" if without else f"all {len(names)} parameters"
     return Finding("gradient_coverage", not without and bool(names), len(without), "0", detail)
 
@@ -133,12 +135,13 @@ def gradient_exactness(model: SequenceModel, *, seed: int = 0) -> Finding:
 @sealed()
 def split_invariance(model: SequenceModel, *, seed: int = 0) -> Finding:
     """One pass = two = several of odd sizes = token by token: the logits, the last state, and what follows from
-    it. With documents that begin at different places in each row, where the model takes `reset`."""
+    it. Where the model takes `reset`, also with documents that begin at different places in each row; and each
+    document reads as if it stood alone."""
     on = bench(model, seed)
     length = 2 * on.span + 5
     tokens, following = on.tokens(2, length), on.tokens(2, 3)
     begins = torch.zeros(2, length, dtype=torch.bool, device=tokens.device)
-    begins[0, on.span // 2], begins[1, on.span + 1], begins[1, on.span + 3] = True, True, True
+    begins[0, on.span // 2 + 1], begins[1, on.span + 1], begins[1, on.span + 3] = True, True, True
     splits = {
         "in two": [on.span + 1],
         "in odd pieces": [1, max(1, on.span // 2), 3, on.span],
@@ -153,6 +156,10 @@ def split_invariance(model: SequenceModel, *, seed: int = 0) -> Finding:
         for name, sizes in splits.items():
             logits, state = on.in_pieces(tokens, sizes, reset)
             apart_by[name + words] = apart(expected, (logits, state, on.model(following, state)[0]))
+        if reset is not None:
+            documents = [(0, 0, on.span // 2 + 1), (0, on.span // 2 + 1, length), (1, on.span + 3, length)]
+            alone = [(whole[row, a:b], on.model(tokens[row : row + 1, a:b])[0][0]) for row, a, b in documents]
+            apart_by["each document alone"] = max(apart(one, two) for one, two in alone)
     measured = max(apart_by.values())
     faults = [f"{name}: {value:.1e}" for name, value in apart_by.items() if value > _SAME]
     return Finding("split_invariance", not faults, measured, f"<= {_SAME:g}", "; ".join(faults))
@@ -230,6 +237,10 @@ def initial_loss(model: SequenceModel, *, seed: int = 0, build: Callable[[], Seq
     measured = abs(loss / math.log(vocabulary) - 1.0)
     detail = f"{loss:.4f} nats, ln V is {math.log(vocabulary):.4f}"
     return Finding("initial_loss", measured <= 0.05, measured, "<= 0.05", detail)
+
+
+def _size(gradient: Tensor) -> float:
+    return float(gradient.square().mean().sqrt())
 
 
 def _loss(model: Any, tokens: Tensor) -> Tensor:

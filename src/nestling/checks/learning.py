@@ -1,6 +1,7 @@
 """Checks of what learns while it is used: the levels while a model reads, and a memory while it is written."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,6 +167,6 @@ class _Plain:
 
 
 def _falls(name: str, found: list[float]) -> Finding:
-    rise = max(after - before for before, after in zip(found, found[1:], strict=False)) / (abs(found[0]) + 1e-300)
+    rise = max(after - before for before, after in itertools.pairwise(found)) / (abs(found[0]) + 1e-300)
     detail = f"{found[0]:.6g} -> {found[-1]:.6g} after {len(found) - 1} times"
     return Finding(name, rise < -1e-12, rise, "< 0", detail)

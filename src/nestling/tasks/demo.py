@@ -261,9 +261,7 @@ def _pre_train(config: DemoConfig, model_config: ModelConfig, name: str, folder:
         "curve": curve,
         "held_out": _held_out(model, bodies, None, config.held_out_bytes),
         "probe": _held_out(model, bodies, None, config.probe_bytes),
-        "by_position": [
-            [a, b, float(by_position[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)
-        ],
+        "by_position": [[a, b, float(by_position[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)],
         "peak_bytes": peak_bytes(),
     }
 

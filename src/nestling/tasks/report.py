@@ -48,23 +48,18 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.55 sy
 main { max-width: 44rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 1rem }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.5rem 0 .75rem; break-after: avoid }
-.wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .4rem; text-align: right; font-weight: normal; vertical-align: bottom }
 th:first-child { text-align: left; padding-left: 0 }
+@media (max-width: 30rem) { th, td { font-size: .875rem; padding: .25rem 0 .25rem .3rem } }
 thead th { color: var(--soft); font-size: .85rem; line-height: 1.25 }
 tbody tr:first-child th { padding-top: 1rem; border-bottom: 1px solid var(--line); font-weight: 600 }
 small, figcaption, footer, dt { color: var(--soft); font-size: .875rem; font-weight: normal }
-figure { margin: 1.5rem 0 }
-figure, tbody, li { break-inside: avoid }
-figure svg { display: block; width: 100%; height: auto }
+figure { margin: 1.5rem 0 } figure, tbody, li { break-inside: avoid } svg { width: 100%; height: auto }
 svg text { fill: currentColor !important; font-family: inherit !important }
-ul { list-style: none; padding: 0 }
-li { padding-left: 1.75rem; margin: .75rem 0; position: relative }
-li > b { position: absolute; left: 0 }
-.holds { color: var(--yes) } .fails { color: var(--no) }
-dt { margin-top: .75rem } dt b { color: var(--ink); font-size: 1rem } dd { margin: 0 }
-code { font-size: .8125rem; overflow-wrap: anywhere; white-space: pre-wrap }
+ul { list-style: none; padding: 0 } li { padding-left: 1.75rem; margin: .75rem 0; position: relative }
+li > b { position: absolute; left: 0 } .holds { color: var(--yes) } .fails { color: var(--no) }
+dt { margin-top: .75rem } dd { margin: 0 } code { font-size: .8125rem; overflow-wrap: anywhere; white-space: pre-wrap }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem; overflow-wrap: anywhere }
 """
 
@@ -171,8 +166,7 @@ def _mark_starts(panel: Any, data: dict[str, Any], *, labelled: bool = False) ->
 
 
 def _say_above(panel: Any, at: float, words: str, side: str = "left") -> None:
-    offset = {"xytext": (0, 3), "textcoords": "offset points"}
-    panel.annotate(words, (at, 1), xycoords=("data", "axes fraction"), ha=side, va="bottom", **offset)
+    panel.annotate(words, (at, 1.02), xycoords=("data", "axes fraction"), ha=side, va="bottom")
 
 
 def _draw(paint: Callable[..., None], data: dict[str, Any], *, panels: int = 1) -> str:
@@ -193,15 +187,14 @@ def _draw(paint: Callable[..., None], data: dict[str, Any], *, panels: int = 1) 
         axes[-1].xaxis.set_major_formatter("{x:,.0f}")
         legend: dict[str, Any] = {}
         for panel in axes:
-            shown = {label: line for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-            if not shown.keys() - {XZ}:
+            lines, labels = panel.get_legend_handles_labels()
+            legend |= zip(labels, lines, strict=True)
+            if not {*labels} - {XZ}:
                 panel.text(0.5, 0.5, "nothing was recorded", transform=panel.transAxes, ha="center", va="center")
-            legend |= shown
-        if legend:
-            figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=3)
+        figure.legend(legend.values(), legend.keys(), loc="outside upper left", ncols=3)
         file = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same numbers, the same file
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{paint.__name__[1:]}-", svg[svg.index("<svg") :])
 
@@ -215,25 +208,21 @@ def _page(data: dict[str, Any]) -> str:
 of the life, on text that it never reads, with the weights as they stand, a fresh sequence state and the clocks stopped,
 and nothing returns to the life; the numbers “while reading” are prequential: every byte was predicted before it was
 learned."""
-    over_life = "Measured in the same way, on a part of the held-out text; lower is better."
+    life = "Held-out bits per byte over the life, on a part of the held-out text; lower is better."
     moves = "How far an update moves each level of Hope, at its ticks; an update of zero is not drawn."
     title = escape(data["title"])
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>{PAGE_STYLE}</style>
-</head>
-<body><main>
+</head><body><main>
 <h1>{title}</h1>
 <p>{escape(done)}</p>
-{"<p><small>This is the short form of the demo.</small></p>" if data["short"] else ""}
+<p>{"This was the short form of the demo: too little training to judge by." if data["short"] else ""}</p>
 <h2>Bits per byte</h2>
 {_html_table(data)}
-{_html_figure(draw_life(data), over_life)}
+{_html_figure(draw_life(data), life)}
 <h2>What was claimed and what was found</h2>
 <ul>{"".join(map(_html_claim, data["claims"]))}</ul>
 <h2>How it went</h2>
@@ -242,8 +231,7 @@ learned."""
 {_html_figure(_draw(_paint_positions, data), "Held-out bits per byte of Hope by position in the document.")}
 <h2>What was compared</h2>
 {_html_about(data)}
-</main></body>
-</html>
+</main></body></html>
 """
 
 
@@ -251,15 +239,15 @@ def _html_table(data: dict[str, Any]) -> str:
     heads = "".join(f"<th>{escape(column)}</th>" for column in _columns(data))
     lines = [f"<thead><tr><th></th>{heads}</tr></thead>"]
     for body, facts in data["bodies"].items():
-        about = (
-            f"{facts['read']:,} bytes to read, {facts['held_out']:,} held out, xz -9 of these: {_bits(facts.get('xz'))}"
-        )
-        lines.append(f'<tbody><tr><th colspan="9">{escape(body)} <small>{about}</small></th></tr>')
+        sizes, xz = f"{facts['read']:,} bytes to read, {facts['held_out']:,} held out", _bits(facts.get("xz"))
+        about = f"{escape(body)} <small>{sizes}, xz -9 of these: {xz}</small>"
+        lines.append(f'<tbody><tr><th colspan="9">{about}</th></tr>')
         for name, cells in _rows(data, body):
             shown = "".join(f"<td><b>{cell}</b></td>" if best else f"<td>{cell}</td>" for cell, best in cells)
             lines.append(f"<tr><th>{escape(name)}</th>{shown}</tr>")
         lines.append("</tbody>")
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    arms = "<br>".join(f"<b>{escape(name)}</b> {escape(arm['label'])}" for name, arm in data["arms"].items())
+    return "<table>\n" + "\n".join(lines) + f"\n</table>\n<p><small>{arms}</small></p>"
 
 
 def _html_figure(svg: str, caption: str) -> str:
@@ -273,17 +261,14 @@ def _html_claim(claim: dict[str, Any]) -> str:
 
 
 def _html_about(data: dict[str, Any]) -> str:
-    told = [(which, "", data[which]["expression"]) for which in ("model", "baseline")]
-    told += [(name, arm["label"], "\n".join(arm.get("levels", []))) for name, arm in data["arms"].items()]
-    lines = [
-        f"<dt><b>{escape(name)}</b> {escape(label)}</dt><dd><code>{escape(expression)}</code></dd>"
-        for name, label, expression in told
-    ]
+    made = {which: data[which]["expression"] for which in ("model", "baseline")}
+    made |= {name: "\n".join(arm.get("levels", [])) for name, arm in data["arms"].items()}
+    terms = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(what)}</code></dd>\n" for name, what in made.items())
     facts = {"commit": data["commit"] or "-", "seed": data["seed"], **data["machine"]}
     facts["peak memory"] = f"{data['peak_bytes'] / 2**20:,.0f} MiB"
     facts |= {phase: f"{seconds:,.1f} s" for phase, seconds in data["seconds"].items()}
     foot = " · ".join(escape(f"{name}: {value}") for name, value in facts.items())
-    return f"<dl>{''.join(lines)}</dl>\n<footer>{foot}</footer>"
+    return f"<dl>{terms}</dl>\n<footer>{foot}</footer>"
 
 
 def _columns(data: dict[str, Any]) -> list[str]:
@@ -291,8 +276,8 @@ def _columns(data: dict[str, Any]) -> list[str]:
 
 
 def _rows(data: dict[str, Any], body: str) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
-    """The name of every arm and of the transformer with its numbers as they are shown, each with whether it is the
-    smallest of its column; what is shown equal is equally good."""
+    """The name of every arm and of the transformer with its numbers as shown, each with whether it is the smallest of
+    its column; what is shown equal is equally good."""
     *stages, _ = _columns(data)
     rows = []
     for name, arm in data["arms"].items():

@@ -1,0 +1,231 @@
+"""Tokens per second and peak memory of the mixers beside a Transformer block of the same width, in one run.
+
+    python benchmarks/sequence.py [--repeats 7] [--out benchmarks/results]
+
+Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians and
+ratios are reported. Results go to a file that names the machine and the commit.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.levels import Continuum, Reader, level
+from nestling.memory import mlp
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import self_modifying, sequence_memory
+from nestling.tasks.demo import commit
+
+DIM, HEADS, BATCH, LENGTH, CHUNK = 256, 4, 4, 1024, 64
+LEVELS = (
+    level(128, structure=mlp(expansion=4, residual=False)),
+    level(512, structure=mlp(expansion=4, residual=False)),
+)
+
+
+class TransformerBlock(nn.Module):
+    """The yardstick: causal scaled-dot-product attention and an MLP of four times the width, pre-normed."""
+
+    def __init__(self, mlp_too: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
+        self.up, self.down = nn.Linear(DIM, 4 * DIM, bias=False), nn.Linear(4 * DIM, DIM, bias=False)
+        self.first, self.second = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
+        self.mlp_too = mlp_too
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.first(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, 1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.second(x)))) if self.mlp_too else x
+
+
+class Hope(nn.Module):
+    """The Hope block: self-modifying mixer and two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = self_modifying(chunk=CHUNK, projection_chunk=CHUNK).build(DIM, HEADS)
+        self.continuum = Continuum(DIM, LEVELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.continuum(x + self.mixer(F.rms_norm(x, (DIM,)))[0])
+
+
+class Mixed(nn.Module):
+    """A mixer alone, with its norm and residual."""
+
+    def __init__(self, expression: Any) -> None:
+        super().__init__()
+        self.mixer = expression.build(DIM, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(F.rms_norm(x, (DIM,)))[0]
+
+
+def forward(block: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        block(x)
+
+
+def both(block: nn.Module, x: Tensor) -> None:
+    block.zero_grad(set_to_none=True)
+    block(x).square().mean().backward()
+
+
+def interleaved(cases: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every case, one repeat of each in turn, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, run in cases.items():
+            began = time.perf_counter()
+            run()
+            if round_:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def peak_mb(case: str) -> float:
+    """Peak memory of forward + backward of one case in a process of its own, above that of an idle one, in MB."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sequence; sequence.alone({case!r})"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(found.stdout)
+
+
+def alone(case: str) -> None:
+    import resource
+
+    block, x = BLOCKS[case](), torch.randn(BATCH, LENGTH, DIM)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    both(block, x)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "transformer block": TransformerBlock,
+    "attention alone": lambda: TransformerBlock(mlp_too=False),
+    "titans mixer": lambda: Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK)),
+    "self-modifying mixer": lambda: Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK)),
+    "hope block": Hope,
+}
+
+
+def blocks(repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, LENGTH, DIM)
+    built = {name: build() for name, build in BLOCKS.items()}
+    cases: dict[str, Callable[[], None]] = {}
+    for name, block in built.items():
+        cases[f"{name}, forward"] = lambda block=block: forward(block, x)  # type: ignore[misc]
+        cases[f"{name}, forward+backward"] = lambda block=block: both(block, x)  # type: ignore[misc]
+    times = interleaved(cases, repeats)
+    rows = {}
+    for name in built:
+        row: dict[str, Any] = {"peak_mb": round(peak_mb(name), 1)}
+        for kind in ("forward", "forward+backward"):
+            own, reference = times[f"{name}, {kind}"], times[f"transformer block, {kind}"]
+            row[kind] = {
+                "tokens_per_s": round(BATCH * LENGTH / statistics.median(own)),
+                "times_transformer": round(statistics.median(a / b for a, b in zip(own, reference, strict=True)), 3),
+            }
+        rows[name] = row
+    return rows
+
+
+def lengths(repeats: int) -> dict[str, float]:
+    """Time at length 16K over time at 4K, forward, one row."""
+    rows = {}
+    for name, expression in (
+        ("titans mixer", sequence_memory(mlp(expansion=2.0))),
+        ("self-modifying mixer", self_modifying()),
+    ):
+        block = Mixed(expression)
+        long, short = torch.randn(1, 16_384, DIM), torch.randn(1, 4_096, DIM)
+        times = interleaved({"long": lambda: forward(block, long), "short": lambda: forward(block, short)}, repeats)  # noqa: B023
+        ratios = [a / b for a, b in zip(times["long"], times["short"], strict=True)]
+        rows[name] = round(statistics.median(ratios), 3)
+    return rows
+
+
+def learning(repeats: int) -> dict[str, float]:
+    """Reading with the levels learning over reading alone: one row, two levels, no labels but the text."""
+    model = Decoder(ModelConfig(dim=DIM, heads=HEADS, blocks=2, levels=LEVELS))
+    tokens = torch.randint(0, 256, (2049,), generator=torch.Generator().manual_seed(0))
+
+    def reader(learning: bool) -> Callable[[], None]:
+        one = Reader(model, learning=learning)
+        return lambda: one.read(one.begin(), tokens) and None
+
+    def in_segments() -> None:
+        with torch.no_grad():
+            state = None
+            for segment in tokens[:2048].split(128):
+                _, state = model(segment[None], state)
+
+    times = interleaved({"learning": reader(True), "reading": reader(False), "segments": in_segments}, repeats)
+    return {
+        "learning_over_reading": round(
+            statistics.median(a / b for a, b in zip(times["learning"], times["reading"], strict=True)), 3
+        ),
+        "learning_over_reading_in_segments": round(
+            statistics.median(a / b for a, b in zip(times["learning"], times["segments"], strict=True)), 3
+        ),
+        "learning_tokens_per_s": round(2048 / statistics.median(times["learning"])),
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.set_flush_denormal(True)
+    result = {
+        "what": "benchmarks/sequence.py",
+        "shape": {"batch": BATCH, "length": LENGTH, "dim": DIM, "heads": HEADS, "chunk": CHUNK},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": asked.threads,
+            "torch": torch.__version__,
+            "load": os.getloadavg()[0],
+        },
+        "commit": commit(),
+        "repeats": asked.repeats,
+        "blocks": blocks(asked.repeats),
+        "time_16k_over_4k": lengths(max(3, asked.repeats // 2)),
+        "learning": learning(asked.repeats),
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "sequence.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

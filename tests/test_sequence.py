@@ -267,6 +267,9 @@ def test_gates_of_exactly_zero_and_one(memory):
 @pytest.mark.parametrize("memory", [EXACT[4], EXACT[7], FROZEN[5], FROZEN[7]], ids=named)
 def test_in_float32(memory):
     data = make(memory, 100)
+    with torch.no_grad():  # products of many small gates must cost no precision after them
+        data.gates.log_retention[..., 18:28] = -60.0
+        data.gates.momentum[..., 19:29] = 1e-25
     half = map_tensors(lambda x: x.detach().float().requires_grad_(), data)
     expected, found = slow(memory, data), fast(memory, half)
     assert all(tensor.dtype == torch.float32 for tensor in flatten(found).values())
@@ -320,7 +323,7 @@ def test_the_layer_is_the_oracle_between_its_projections(expression):
     found, _ = layer(x)
     assert_near(found, expected, "output", 1e-10)
     parameters = list(layer.parameters())
-    weight = torch.randn(x.shape, dtype=F64)
+    weight = torch.randn(x.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
     mine = torch.autograd.grad((found * weight).sum(), parameters)
     theirs = torch.autograd.grad((expected * weight).sum(), parameters)
     for (name, _), a, b in zip(layer.named_parameters(), mine, theirs, strict=True):

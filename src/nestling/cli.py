@@ -82,8 +82,7 @@ def progress() -> Progress:
 
 def _train(arguments: list[str]) -> None:
     """Pre-train a model on text."""
-    first, rest = _split_base(arguments)
-    base = _base_run(first)
+    base = _base_run(_base_words(arguments))
 
     @dataclass(frozen=True, kw_only=True)
     class Train:
@@ -97,7 +96,6 @@ def _train(arguments: list[str]) -> None:
         model: Flat[ModelConfig] = base.model
         train: Flat[TrainConfig] = base.train
 
-    del rest
     with registry:
         asked = tyro.cli(Train, args=arguments, prog="nestling train", description="Pre-train a model on text.")
     if asked.checkpoint_every < 1:
@@ -162,7 +160,7 @@ def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig) -> No
                 raise ValueError(f"--resume: {key} was {was!r} in {out}, and is {value!r} now; a run goes on unchanged")
 
 
-def _split_base(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+def _base_words(arguments: list[str]) -> dict[str, str]:
     """The words after --preset and --config, which decide the defaults of everything else."""
     found: dict[str, str] = {}
     for index, word in enumerate(arguments):
@@ -171,7 +169,7 @@ def _split_base(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
                 found[name] = arguments[index + 1]
             elif word.startswith(name + "="):
                 found[name] = word.partition("=")[2]
-    return found, arguments
+    return found
 
 
 def _base_run(found: dict[str, str]) -> Run:
@@ -246,8 +244,7 @@ def generate_command(
         temperature: 0 takes the most likely byte each time.
         seed: of the sampling.
     """
-    _, _, state = _reader(directory, learning=False)
-    saved = load_model(directory)
+    saved, _, state = _reader(directory, learning=False)
     torch.set_flush_denormal(True)
     words = generate(
         saved.model, prompt.encode(), tokens, weights=state.levels.weights, temperature=temperature, seed=seed

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nestling.models import Decoder
 _SPAN = 16  # tokens; where a model does not tell its chunk
 
 
+@runtime_checkable
 class SequenceModel(Protocol):
     """What the kit needs of a model: tokens [b, t] and a state -> logits [b, t, V] and the state after them.
 

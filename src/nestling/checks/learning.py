@@ -20,15 +20,15 @@ from .bench import SequenceModel, apart, bench, sealed, snapshot
 from .report import Finding, skip
 
 _SAME = 1e-10
-_LONGEST = 1024  # tokens to read at most
+_LONGEST = 1024  # tokens; ticks of slower levels are not waited for
 
 
 @sealed()
 def reading_invariance(model: SequenceModel, *, seed: int = 0, reader: Callable[..., Reader] = Reader) -> Finding:
     """Reading with learning on: one pass = pieces of odd sizes = token by token, in the loss of every token, what
     each level moved at each tick, and the whole state at the end (levels, accumulators, clocks, open segment);
-    then a document's end and more text. Three ticks of the fastest level at least, two of the slowest where that
-    is at most 1,024 tokens. The levels must move and the model must not."""
+    then a document's end and more text. The text has three ticks of the fastest level at least, and one of every
+    level whose period is at most 1,024 tokens. The levels must move and the model must not."""
     why = _no_levels(model)
     if why:
         return skip("reading_invariance", why)
@@ -36,7 +36,7 @@ def reading_invariance(model: SequenceModel, *, seed: int = 0, reader: Callable[
     weights = snapshot(on.model)
     reading = reader(on.model)
     periods = sorted(int(period) for period in reading.periods if period != math.inf)
-    length = max([3 * periods[0], *(2 * period for period in periods if 2 * period <= _LONGEST)]) + 5
+    length = max([3 * periods[0], *(period + periods[0] for period in periods if period <= _LONGEST)]) + 5
     text, more = on.tokens(1, length)[0], on.tokens(1, periods[0] + 2)[0]
     odd = [1, periods[0] - 1, 2, periods[0] + 3, 7]
     whole = _read(reading, [text], more)

@@ -18,17 +18,10 @@ from .bench import apart, sealed
 from .report import Finding, skip
 
 _SAME = 1e-10
-_SMALL: dict[str, Any] = {
-    "dim": 8,
-    "heads": 2,
-    "blocks": 1,
-    "vocabulary": 7,
-    "chunk": 4,
-    "projection_chunk": 4,
-    "window": 4,
-}
+_SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
+_SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
-_EXAMPLES = {"clip": clip(bound=0.001)}  # of parts; others as they are by default
+_EXAMPLES = {"clip": clip(bound=0.0002)}  # of parts; others as they are by default
 
 
 class Variant(NamedTuple):
@@ -63,6 +56,9 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     effects: dict[tuple[str, str], list[float]] = {}
     faults = []
     for variant in variants(base):
+        inert = variant.neutral or variant.path in neutral
+        if variant.number and not inert and max(effects.get((variant.path, ""), [0.0])) > _SAME:
+            continue  # already seen to be live
         try:
             other, other_start = _build(variant.expression, seed, built)
             found = _measure(other, reading=not variant.path.startswith("mixer."))
@@ -71,7 +67,7 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
             continue  # not legal here
         if difference <= _SAME and apart(start, other_start) > 0.0:
             difference = math.inf  # it acts on how a model starts
-        if not (variant.neutral or variant.path in neutral):
+        if not inert:
             told = "" if variant.number else f"={variant.value!r}"
             effects.setdefault((variant.path, told), []).append(difference)
         else:
@@ -142,14 +138,15 @@ def _others(kind: Any, value: Any) -> Iterator[Any]:
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, int | float):
-        some = (8,) if value == math.inf else (2 * value, value / 2, value / 100, value + 1, 1)
+        tried = (8,) if value == math.inf else (2 * value, value / 2, value / 100, value + 1, 1)
+        some = dict.fromkeys(tried)
         whole = isinstance(value, int) or kind is int
         yield from (int(other) if whole else other for other in some if other != value and not (whole and other % 1))
     elif isinstance(value, Part):
         for name, other in type(value).variants.items():
             told = all(field.default is not dataclasses.MISSING for field in dataclasses.fields(other))  # type: ignore[arg-type]
             if told and issubclass(other, kind) and other is not type(value):
-                yield small(_EXAMPLES.get(name, other()))
+                yield _EXAMPLES[name] if name in _EXAMPLES else small(other())
     elif isinstance(value, tuple) and len(value) > 1:
         yield value[:-1]
 

@@ -71,7 +71,7 @@ def open_life(directory: Path, saved: SavedModel, reader: Reader) -> ReadingStat
     folder = newest(directory / "life")
     start = reader.begin()
     if folder is None:
-        return start
+        return start._replace(levels=_half_filled(start.levels, saved.generation))
     life = read_generation(folder)
     facts = life.data.get("life", {})
     if facts.get("format") != FORMAT:
@@ -90,6 +90,25 @@ def open_life(directory: Path, saved: SavedModel, reader: Reader) -> ReadingStat
         before=unflatten(start.before, sequence, "before."),
         now=unflatten(start.now, sequence, "now."),
     )
+
+
+def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
+    """The levels at the start of a life, with what training had accumulated for them since their last ticks: as
+    gradients of the loss summed over tokens, which is what a level's clock counts."""
+    tensors, clocks = training.tensors.get("training", {}), training.data.get("training", {}).get("clocks", [])
+    rules = list(levels.rules)
+    for index, clock in enumerate(clocks):
+        if not clock["kept"]:
+            continue
+        a_step = clock["elapsed"] / clock["steps"]
+        rules[index] = tuple(
+            state._replace(
+                elapsed=torch.full_like(state.elapsed, clock["elapsed"]),
+                gradient=tensors[f"clock.{index}.{i}"] * a_step,
+            )
+            for i, state in enumerate(rules[index])  # type: ignore[arg-type]
+        )
+    return levels._replace(rules=tuple(rules))
 
 
 def save_life(directory: Path, saved: SavedModel, state: ReadingState, facts: dict[str, Any]) -> Path:

@@ -7,7 +7,7 @@ segment's gradient, and only then is that token processed. Where calls begin and
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from nestling.memory.structure import Weights
 from .continuum import LevelsState, Taps, begin, level, write
 
 
+@runtime_checkable
 class LevelledModel(Protocol):
     """What reading needs of a model."""
 

@@ -27,7 +27,7 @@ LEVEL_COLOURS = ("#785EF0", "#DC267F", "#FE6100", "#648FFF", "#A0740A")
 MARKERS = "os^Dv"
 XZ = "xz -9"
 GREY = "#777777"
-PLOT_STYLE = {
+PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the reader's font
     "svg.hashsalt": "nestling",
     "text.parse_math": False,
@@ -180,7 +180,7 @@ def _draw(paint: Callable[..., None], data: dict[str, Any], *, panels: int = 1) 
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(PLOT_STYLE)
         figure = Figure(figsize=(6, 2 + 1.6 * panels), layout="constrained")
-        axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        axes = [row[0] for row in figure.subplots(panels, sharex=True, squeeze=False)]
         paint(axes, data)
         if axes[-1].get_xscale() == "linear":
             axes[-1].locator_params(axis="x", nbins=5)

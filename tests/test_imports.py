@@ -1,0 +1,38 @@
+"""Rooms import only from rooms above them, and importing the package does no work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nestling
+
+ROOMS = ["memory", "sequence", "optim", "levels", "models", "checks", "learner", "train", "tasks", "cli"]
+SOURCE = Path(nestling.__file__).parent
+
+
+def test_rooms_import_only_upward() -> None:
+    for file in SOURCE.rglob("*.py"):
+        own = file.relative_to(SOURCE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("nestling.") and (room := name.split(".")[1]) != own:
+                    assert ROOMS.index(room) < ROOMS.index(own), f"{file}: {own} imports {room}"
+
+
+def test_every_folder_is_a_room() -> None:
+    assert {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name[0] != "_"} <= set(ROOMS)
+
+
+def test_import_does_no_work() -> None:
+    code = "import sys, nestling; sys.exit('torch' in sys.modules or 'tyro' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_exist() -> None:
+    for name in nestling.__all__:
+        assert getattr(nestling, name) is not None

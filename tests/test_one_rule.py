@@ -1,0 +1,170 @@
+"""The idea that everything hangs on: an optimizer, stepping token by token under plain autograd, is the layer."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.memory import (
+    AttentionalBias,
+    Gates,
+    Rule,
+    Structure,
+    clip,
+    dampen,
+    decay,
+    decay_to_start,
+    delta_gradient_descent,
+    dot,
+    every,
+    gradient_descent,
+    l2,
+    matrix,
+    mlp,
+    momentum,
+    normalize,
+    retain,
+    scale,
+    surprise,
+)
+from nestling.optim import RuleOptimizer, to_optimizer
+from nestling.sequence import Memory
+from nestling.sequence.scan import Writes
+
+TOKENS, WIDTH = 23, 6
+RULES = [
+    gradient_descent(),
+    momentum(),
+    scale(momentum(surprise())),
+    retain(decay(), momentum()),
+    retain(decay(), momentum(dampen(normalize()))),
+    delta_gradient_descent(),
+    retain(decay_to_start(), delta_gradient_descent(momentum(dampen(clip(bound=0.5))))),
+    every(5, retain(decay(), delta_gradient_descent(momentum()))),
+]
+
+
+class Net(nn.Module):
+    """The same function as mlp(), the way torch users write it."""
+
+    def __init__(self, maps: tuple[Tensor, ...], residual: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in maps)
+        self.residual = residual
+        with torch.no_grad():
+            for layer, weight in zip(self.layers, maps, strict=True):
+                layer.weight.copy_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[0](x)
+        for layer in list(self.layers)[1:]:
+            h = layer(F.gelu(h))
+        return x + h if self.residual else h
+
+
+def objective(bias: AttentionalBias, read: Tensor, value: Tensor) -> Tensor:
+    return 0.5 * (read - value).square().sum() if bias == l2() else -(read * value).sum()
+
+
+def optimizer_outputs(net: Net, optimizer: RuleOptimizer, bias: AttentionalBias, data: tuple[Tensor, ...], gates: Gates):
+    outputs = []
+    for t, (key, value, query) in enumerate(zip(*data, strict=True)):
+        group = optimizer.param_groups[0]
+        group["step_size"] = float(gates.step_size[t])
+        group["momentum"] = float(gates.momentum[t])
+        group["retention"] = float(gates.log_retention[t].exp())
+        optimizer.zero_grad()
+        with optimizer.capture(net):
+            loss = objective(bias, net(key), value)
+        loss.backward()
+        optimizer.step()
+        outputs.append(net(query).detach())
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("bias", [l2(), dot()], ids=repr)
+@pytest.mark.parametrize("structure", [matrix(), mlp(), mlp(depth=3, expansion=1.5)], ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_optimizer_is_layer(rule: Rule, structure: Structure, bias: AttentionalBias) -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, values, queries = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    raw = torch.rand(3, TOKENS, generator=generator, dtype=torch.float64)
+    gates = Gates(0.03 * raw[0], 0.9 * raw[1], -0.2 * raw[2])
+    start = tuple(w.double() for w in structure.init(WIDTH, WIDTH, generator=generator))
+
+    memory = Memory(structure, bias, rule, gradient_at="token", way="recurrent")
+    lifted = memory.begin(tuple(w[None, None] for w in start))
+    shaped = Writes(keys[None, None], values[None, None], Gates(*(gate[None, None] for gate in gates)))
+    layer, state = memory.run(lifted, shaped, queries[None, None])
+
+    net = Net(start, isinstance(structure, mlp))
+    optimizer = to_optimizer(rule, net.parameters())
+    torch.testing.assert_close(
+        optimizer_outputs(net, optimizer, bias, (keys, values, queries), gates), layer[0, 0], rtol=0, atol=1e-10
+    )
+    for trained, running in zip(net.parameters(), state.running, strict=True):
+        torch.testing.assert_close(trained.detach(), running[0, 0], rtol=0, atol=1e-10)
+
+
+def test_chunked_layer_is_optimizer_too() -> None:
+    """The fast path of the same identity: a matrix memory, chunk 8, against the optimizer."""
+    generator = torch.Generator().manual_seed(2)
+    keys, values, queries = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    raw = torch.rand(3, TOKENS, generator=generator, dtype=torch.float64)
+    gates = Gates(0.03 * raw[0], 0.9 * raw[1], -0.2 * raw[2])
+    start = tuple(w.double() for w in matrix().init(WIDTH, WIDTH, generator=generator))
+    rule = retain(decay(), delta_gradient_descent(momentum(dampen())))
+    memory = Memory(matrix(), l2(), rule, gradient_at="token")
+    lifted = memory.begin(tuple(w[None, None] for w in start))
+    shaped = Writes(keys[None, None], values[None, None], Gates(*(gate[None, None] for gate in gates)))
+    layer, _ = memory.run(lifted, shaped, queries[None, None])
+    net = Net(start, residual=False)
+    outputs = optimizer_outputs(net, to_optimizer(rule, net.parameters()), l2(), (keys, values, queries), gates)
+    torch.testing.assert_close(outputs, layer[0, 0], rtol=0, atol=1e-10)
+
+
+def test_equals_torch_sgd() -> None:
+    """scale(momentum(surprise())) is torch's SGD with momentum; retain adds its decoupled weight decay."""
+    first, second = (nn.Linear(4, 3, dtype=torch.float64) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    ours = to_optimizer(scale(momentum(surprise())), first.parameters(), step_size=0.1, momentum=0.8)
+    theirs = torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.8)
+    for step in range(50):
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for net, optimizer in ((first, ours), (second, theirs)):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(first.weight, second.weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(first.bias, second.bias, rtol=0, atol=1e-12)
+
+
+def test_state_dict_round_trip() -> None:
+    net = nn.Linear(4, 3, dtype=torch.float64)
+    twin = nn.Linear(4, 3, dtype=torch.float64)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule = every(3, retain(decay(), momentum()))
+    one = to_optimizer(rule, net.parameters(), retention=0.9)
+
+    def step(module: nn.Module, optimizer: RuleOptimizer) -> None:
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step(net, one)
+    twin.load_state_dict(net.state_dict())
+    two = to_optimizer(rule, twin.parameters(), retention=0.9)
+    two.load_state_dict(one.state_dict())
+    for _ in range(3):
+        step(net, one)
+        step(twin, two)
+    assert torch.equal(net.weight, twin.weight)
+
+
+@pytest.mark.parametrize(
+    "gates", [{"step_size": -1.0}, {"momentum": 1.5}, {"retention": -0.1}, {"tokens": 0}], ids=str
+)
+def test_bad_gates_are_named(gates: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(gates))):
+        to_optimizer(momentum(), nn.Linear(2, 2).parameters(), **gates)

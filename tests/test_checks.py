@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nestling import checks
 from nestling.levels import Reader, level
 from nestling.levels.continuum import LevelsState
-from nestling.memory import clip, decay, decay_to_start, l2, matrix, mlp, momentum, normalize, retain
+from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import Memory, attention, self_modifying, sequence_memory
@@ -29,7 +29,6 @@ MIXERS = {
     "matrix at token": sequence_memory(matrix(), rule=LINEAR, chunk=8, gradient_at="token"),
     "mlp at token": sequence_memory(mlp(), chunk=8, gradient_at="token", way="recurrent"),
     "self-modifying": self_modifying(chunk=8, projection_chunk=8),
-    "self-modifying, two chunks": self_modifying(chunk=4, projection_chunk=8),
     "attention": attention(window=8),
 }
 QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live")]
@@ -51,6 +50,12 @@ def test_a_sound_decoder_passes(mixer: str) -> None:
     assert [f.name for f in report if f.skipped] == (["surprise_falls"] if mixer == "attention" else []), str(report)
 
 
+def test_two_chunk_sizes_in_one_mixer_pass() -> None:
+    names = ["causality", "rows_independent", "split_invariance", "gradient_coverage", "gradient_exactness"]
+    report = checks.check(Decoder(config(self_modifying(chunk=4, projection_chunk=8))), only=names)
+    assert report.passed, str(report)
+
+
 def test_two_blocks_and_levels_with_other_rules_pass() -> None:
     levels = (
         level(8, matrix(), retain(decay(), momentum(normalize())), retention=0.99),
@@ -67,14 +72,15 @@ def test_a_sound_decoder_keeps_to_the_entropy_floor(mixer: str) -> None:
     assert finding.passed, finding
 
 
-@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "self-modifying, two chunks"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_every_option_of_a_mixer_is_live(mixer: str) -> None:
     finding = checks.options_live(MIXERS[mixer])
     assert finding.passed, finding
 
 
 def test_every_option_of_a_model_is_live() -> None:
-    finding = checks.options_live(config(attention(window=8)))
+    levels = (level(16, rule=gradient_descent()), level(48, rule=gradient_descent()))
+    finding = checks.options_live(config(attention(window=8), levels=levels))
     assert finding.passed, finding
     assert finding.detail == "not judged: levels[0].momentum, levels[0].retention", "plain descent uses neither"
 
@@ -275,7 +281,7 @@ class unread_number(attention, abstract=True):
 @pytest.mark.parametrize(
     ("mixer", "words"),
     [
-        (dead_retention(matrix()), "rule.retention=decay() changes nothing"),
+        (dead_retention(matrix(), rule=LINEAR), "rule.retention=decay() changes nothing"),
         (crooked_way(matrix()), "way='recurrent' must change nothing"),
         (unread_number(), "temperature changes nothing"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -325,11 +326,12 @@ def test_training_and_positions_are_drawn():
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_a_missing_arm_is_left_out(tmp_path, name):
+def test_a_missing_arm_is_left_out(name):
     data = made_up()
     del data["arms"][name]
-    assert list(table(page(data, tmp_path))["names"]) == [*(arm for arm in ARMS if arm != name), "transformer"]
+    assert list(table(report._html_table(data))["names"]) == [*(arm for arm in ARMS if arm != name), "transformer"]
     assert f"\n  {name} " not in printed(data)
+    assert f">{name}</text>" not in draw_life(data)
 
 
 def test_empty_measurements_leave_dashes_and_a_word(tmp_path):
@@ -341,8 +343,8 @@ def test_empty_measurements_leave_dashes_and_a_word(tmp_path):
     assert {cell for rows in table(html).values() for row in rows.values() for cell in row} == {("-", False)}
     assert html.count("nothing was recorded") == len(BODIES) + 3
     assert "transformer" in printed({**data, "arms": {}})
-    data["arms"] = {"hope": {"label": "only a name"}}
-    assert list(table(page(data, tmp_path))["python"]) == ["hope", "transformer"]
+    data["arms"] = {"frozen": {"label": "only a name"}}
+    assert list(table(page(data, tmp_path))["python"]) == ["frozen", "transformer"]
 
 
 def test_points_without_a_value_are_passed_over():
@@ -366,9 +368,9 @@ def test_without_matplotlib_the_numbers_are_kept_and_the_error_says_what_to_inst
     assert "transformer" in printed(data)
 
 
-def test_plots_do_not_touch_the_settings_of_matplotlib():
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    draw_life(made_up())
-    assert dict(matplotlib.rcParams) == before
+def test_plots_neither_follow_nor_touch_the_settings_of_matplotlib():
+    expected = draw_life(made_up())
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        assert draw_life(made_up()) == expected
+        assert dict(matplotlib.rcParams) == before

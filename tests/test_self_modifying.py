@@ -154,7 +154,8 @@ def test_steps_at_their_bound_are_counted():
     reset[0, 11], valid[0, 14:17] = True, False
     assert layer(x)[1].bounded.item() == HEADS * LENGTH
     assert layer(x, state, reset=reset, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 11 - 3)
-    assert layer(x, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 3)
+    rows = torch.cat([valid, torch.ones_like(valid)])
+    assert layer(x.repeat(2, 1, 1), valid=rows)[1].bounded.tolist() == [HEADS * (LENGTH - 3), HEADS * LENGTH]
 
 
 def test_at_its_bound_the_step_does_not_diverge():

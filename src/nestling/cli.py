@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nestling.checks import check
 from nestling.learner import load_model, newest, open_life, save_life
 from nestling.levels import Reader
 from nestling.memory import Part, parse
@@ -93,8 +94,8 @@ def _train(arguments: list[str]) -> None:
         resume: bool = False  # go on from the newest checkpoint in --out, bit for bit
         checkpoint_every: int = 50  # steps
         threads: int = 0  # 0: as many as torch takes
-        model: Flat[ModelConfig] = base.model
-        train: Flat[TrainConfig] = base.train
+        model: Annotated[ModelConfig, Flat] = base.model
+        train: Annotated[TrainConfig, Flat] = base.train
 
     with registry:
         asked = tyro.cli(Train, args=arguments, prog="nestling train", description="Pre-train a model on text.")
@@ -278,6 +279,26 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
     life = newest(directory / "life")
     table.add_row("life", "none yet" if life is None else f"{int(life.name):,} tokens read")
     Console().print(table)
+
+
+@app.command(name="check")
+def check_command(
+    directory: tyro.conf.Positional[Path], *, only: tuple[str, ...] = (), steps: int = 300, seed: int = 0
+) -> None:
+    """Run the correctness kit on a model: causality, gradients, invariances, the entropy floor and more.
+
+    Args:
+        directory: a model's folder.
+        only: names of checks; all of them, where none is named.
+        steps: of training on random tokens, for entropy_floor (nearly all of the time).
+        seed: of the tokens and the small perturbation of the weights.
+    """
+    saved = load_model(directory)
+    torch.set_flush_denormal(True)
+    report = check(saved.model, seed=seed, only=only or None, steps=steps)
+    Console().print(report)
+    if not report.passed:
+        raise ValueError(f"{directory}: {', '.join(f.name for f in report if f.passed is False)} failed")
 
 
 @app.command(name="demo")

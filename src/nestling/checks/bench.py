@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from nestling.models import Decoder
 
+EXACT = 1e-12  # the same operations in the same order, or nearly
+SAME = 1e-10  # the same mathematics in another order
+
 _SPAN = 16  # tokens; where a model does not tell its chunk
 
 

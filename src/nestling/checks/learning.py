@@ -16,10 +16,9 @@ from nestling.models import Decoder
 from nestling.sequence import Memory, MemoryState
 from nestling.sequence.scan import Writes
 
-from .bench import SequenceModel, apart, bench, sealed, snapshot
+from .bench import SAME, SequenceModel, apart, bench, sealed, snapshot
 from .report import Finding, skip
 
-_SAME = 1e-10
 _LONGEST = 1024  # tokens; ticks of slower levels are not waited for
 
 
@@ -46,12 +45,12 @@ def reading_invariance(model: SequenceModel, *, seed: int = 0, reader: Callable[
         "token by token": apart(whole, _read(reading, list(text.split(1)), more)),
     }
     measured = max(apart_by.values())
-    faults = [f"{name}: {value:.1e}" for name, value in apart_by.items() if value > _SAME]
+    faults = [f"{name}: {value:.1e}" for name, value in apart_by.items() if value > SAME]
     if not bool((whole[2][:, 1:] > 0).any()):
         faults.append("no level ever moved")
     if apart(weights, snapshot(on.model)) > 0:
         faults.append("reading changed the model")
-    return Finding("reading_invariance", not faults, measured, f"<= {_SAME:g}", "; ".join(faults))
+    return Finding("reading_invariance", not faults, measured, f"<= {SAME:g}", "; ".join(faults))
 
 
 def _read(reader: Reader, pieces: list[Tensor], more: Tensor) -> tuple[ReadingState, Tensor, Tensor]:

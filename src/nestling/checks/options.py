@@ -14,10 +14,9 @@ from nestling.memory import Part, clip, dampen, momentum, retain
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import Mixer
 
-from .bench import apart, sealed
+from .bench import SAME, apart, sealed
 from .report import Finding, skip
 
-_SAME = 1e-10
 _SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
 _SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
@@ -57,7 +56,7 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     faults = []
     for variant in variants(base):
         inert = variant.neutral or variant.path in neutral
-        if variant.number and not inert and max(effects.get((variant.path, ""), [0.0])) > _SAME:
+        if variant.number and not inert and max(effects.get((variant.path, ""), [0.0])) > SAME:
             continue  # already seen to be live
         try:
             other, other_start = _build(variant.expression, seed, built)
@@ -65,18 +64,16 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
             difference = apart(expected[: len(found)], found)
         except ValueError:
             continue  # not legal here
-        if difference <= _SAME and apart(start, other_start) > 0.0:
+        if difference <= SAME and apart(start, other_start) > 0.0:
             difference = math.inf  # it acts on how a model starts
         if not inert:
             told = "" if variant.number else f"={variant.value!r}"
             effects.setdefault((variant.path, told), []).append(difference)
         else:
             effects[variant.path, ""] = [math.inf]
-            if difference > _SAME:
+            if difference > SAME:
                 faults.append(f"{variant.path}={variant.value!r} must change nothing, changes {difference:.1e}")
-    faults += [
-        f"{path}{told} changes nothing" for (path, told), all_found in effects.items() if max(all_found) <= _SAME
-    ]
+    faults += [f"{path}{told} changes nothing" for (path, told), all_found in effects.items() if max(all_found) <= SAME]
     judged = {path for path, _ in effects}
     rest = [path for path in _paths(base) if path not in judged]
     notes = [f"not judged: {', '.join(rest)}"] if rest else []

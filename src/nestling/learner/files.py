@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, contiguous_format
 
-Contents = Mapping[str, Mapping[str, Tensor] | str]
+Contents = Mapping[str, dict[str, Tensor] | str]
 """File name -> tensors (written as safetensors) or text."""
 
 

@@ -106,7 +106,7 @@ def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
                 elapsed=torch.full_like(state.elapsed, clock["elapsed"]),
                 gradient=tensors[f"clock.{index}.{i}"] * a_step,
             )
-            for i, state in enumerate(rules[index])  # type: ignore[arg-type]
+            for i, state in enumerate(rules[index])
         )
     return levels._replace(rules=tuple(rules))
 
@@ -117,7 +117,7 @@ def save_life(directory: Path, saved: SavedModel, state: ReadingState, facts: di
     sequence |= flatten(state.before, "before.") | flatten(state.now, "now.")
     position = int(state.position)
     about = {"format": FORMAT, "model": saved.hash, "position": position, **facts}
-    contents = {
+    contents: dict[str, dict[str, torch.Tensor] | str] = {
         "levels.safetensors": flatten(state.levels),
         "sequence.safetensors": sequence,
         "life.json": json.dumps(about, indent=2),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.part import Part
-from nestling.memory.rule import Gates, Pairs, Rule, every, gradient_descent
+from nestling.memory.rule import EveryState, Gates, Pairs, Rule, every, gradient_descent
 from nestling.memory.structure import Structure, Weights, mlp, plain
 
 
@@ -104,7 +104,7 @@ class LevelsState(NamedTuple):
     states, one for each linear map."""
 
     weights: tuple[Weights, ...]
-    rules: tuple[tuple[object, ...], ...]
+    rules: tuple[tuple[EveryState, ...], ...]
 
 
 def begin(levels: tuple[level, ...], weights: tuple[Weights, ...]) -> LevelsState:

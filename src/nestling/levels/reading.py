@@ -6,11 +6,12 @@ segment's gradient, and only then is that token processed. Where calls begin and
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.state import detach
@@ -178,7 +179,7 @@ class Reader:
         taps: list[Taps] = []
         with torch.enable_grad():
             weights = tuple(tuple(w.detach().requires_grad_() for w in maps) for maps in state.levels.weights)
-            logits, now = self.model(tokens[None], state.before, weights=weights, taps=taps)
+            logits, now = _constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             levels = write(self.model.levels, state.levels, loss, taps)
@@ -194,6 +195,14 @@ class Reader:
             )
             row.append(math.sqrt(total / size))
         return torch.tensor(row, dtype=torch.float64)
+
+
+def _constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
+    """The model with its own parameters as constants: no graph before the first level, none of its weights in it."""
+    if not isinstance(model, nn.Module):
+        return model
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
 
 
 def _surprise(first: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:

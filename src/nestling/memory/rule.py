@@ -37,6 +37,10 @@ class Gates(NamedTuple):
     momentum: Tensor | float = 0.0
     log_retention: Tensor | float = 0.0
 
+    def at(self, tokens: slice | int) -> "Gates":
+        """The gates [..., t] of some tokens; numbers stand for all."""
+        return Gates(*(gate[..., tokens] if isinstance(gate, Tensor) else gate for gate in self))
+
 
 class Pairs(NamedTuple):
     """A gradient as what it is made of: errors at a map's output and the map's inputs, n pairs at one weight."""
@@ -286,7 +290,7 @@ class clip(_wrapper):
 
     of: Direction = gradient_descent()
     bound: float = 1.0
-    needs_inputs = True  # type: ignore[assignment]
+    needs_inputs = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,8 +308,9 @@ class clip(_wrapper):
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         if norms.error is None:
             raise ValueError(f"{self} has no chunked form with gradient_at='token'; use way='recurrent'")
-        plan = self.of.plan(gates, norms, state, exact)
-        return plan._replace(write=plan.write * self._factor(norms.error))
+        factor = self._factor(norms.error)
+        plan = self.of.plan(gates, norms._replace(error=norms.error * factor.square()), state, exact)
+        return plan._replace(write=plan.write * factor)
 
     def _factor(self, squared: Tensor) -> Tensor:
         # max(1, |e| / bound) by way of its square: the root has no gradient at an error of zero
@@ -326,7 +331,7 @@ class normalize(_wrapper):
     """
 
     of: Direction = gradient_descent()
-    needs_inputs = True  # type: ignore[assignment]
+    needs_inputs = True
 
     def init(self, weight: Tensor) -> State:
         return NormalizeState(weight.new_zeros(weight.shape[:-2]), self.of.init(weight))
@@ -364,7 +369,7 @@ class momentum(_wrapper):
     """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33."""
 
     of: Direction = gradient_descent()
-    buffered = True  # type: ignore[assignment]
+    buffered = True
 
     def init(self, weight: Tensor) -> State:
         return MomentumState(torch.zeros_like(weight), self.of.init(weight))
@@ -399,7 +404,7 @@ class delta_gradient_descent(Additive):
     """
 
     of: Direction = gradient_descent()
-    needs_inputs = True  # type: ignore[assignment]
+    needs_inputs = True
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
@@ -534,7 +539,7 @@ class every(Rule):
         if bool(tick.all()):
             return stepped, after
         before = EveryState(elapsed, total, inputs, state.of)
-        return torch.where(_wide(tick), stepped, weight), _where(tick, after, before)
+        return torch.where(tick[..., None, None], stepped, weight), _where(tick, after, before)
 
 
 def _where(tick: Tensor, after: State, before: State) -> State:

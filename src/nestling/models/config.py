@@ -17,7 +17,11 @@ class ModelConfig:
     heads: int = 4
     blocks: int = 2
     mixer: Mixer = self_modifying()
-    levels: tuple[level, ...] = (level(128), level(512), level(2048))  # fast to slow
+    levels: tuple[level, ...] = (  # fast to slow
+        level(128, step_size=0.5),
+        level(512, step_size=1.0),
+        level(2048, step_size=2.0),
+    )
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "dim", "heads", "blocks"):

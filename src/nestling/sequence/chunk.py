@@ -33,23 +33,12 @@ class Transfer(NamedTuple):
     start_decayed: Tensor | None  # m_c [...]
 
     def lift(self, dims: int) -> "Transfer":
-        """The same with `dims` dims of size one in front of the chunk's."""
+        """The same with a dim of size one between the heads and the chunk, where `dims` is 1."""
         if not dims:
             return self
-        stands = [
-            Stand(
-                *(
-                    part if part is None else part.unsqueeze(-2 - at)
-                    for part, at in zip(stand, (1, 1, 0, 0), strict=True)
-                )
-            )
-            for stand in (self.after, self.before)
-        ]
-        rest = (
-            part if part is None else part.unsqueeze(-1 - at)
-            for part, at in ((self.decayed, 1), (self.start_decayed, 0))
-        )
-        return Transfer(*stands, *rest)
+        decayed = None if self.decayed is None else self.decayed.unsqueeze(-2)
+        start_decayed = None if self.start_decayed is None else self.start_decayed.unsqueeze(-1)
+        return Transfer(self.after.lift(), self.before.lift(), decayed, start_decayed)
 
 
 class Stand(NamedTuple):
@@ -59,6 +48,14 @@ class Stand(NamedTuple):
     written: Tensor  # G [..., c, c] of each write; the same tensor as B without a momentum
     start_kept: Tensor | None  # b [..., c] of W before the chunk; None: 1
     start_read: Tensor | None  # f [..., c] of S before the chunk; None without a momentum
+
+    def lift(self) -> "Stand":
+        """The same with a dim of size one between the heads and the chunk."""
+        start_kept = None if self.start_kept is None else self.start_kept.unsqueeze(-2)
+        start_read = None if self.start_read is None else self.start_read.unsqueeze(-2)
+        kept = self.kept.unsqueeze(-3)
+        written = kept if self.written is self.kept else self.written.unsqueeze(-3)
+        return Stand(kept, written, start_kept, start_read)
 
 
 def _products(log_gates: Tensor) -> tuple[Tensor, Tensor]:

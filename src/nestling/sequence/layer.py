@@ -101,7 +101,7 @@ class SequenceMemory(MixerModule):
             def step(piece: Piece, states: States) -> tuple[Tensor, States]:
                 at = slice(piece.start, piece.stop)
                 opened = self.memory.open(states[0], piece.opens[0])
-                here = Gates(*(gate[..., at] for gate in gates))
+                here = gates.at(at)
                 present = layout.present(piece)
                 pairs = Writes(keys[..., at, :], values[..., at, :], here, present)
                 y, after = self.memory.run(opened, pairs, queries[..., at, :])

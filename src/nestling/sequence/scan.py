@@ -221,7 +221,7 @@ class Memory:
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
             gates = pair.gates
             if not self.structure.lead[i]:  # [b, h, 1] stands for [b, h, n] where memories run together
-                gates = Gates(*(gate[..., 0] if isinstance(gate, Tensor) else gate for gate in gates))
+                gates = gates.at(0)
             stepped, after = self.rule.step(weight, Pairs(error, x), before, gates)
             running.append(stepped)
             rules.append(after)
@@ -245,8 +245,8 @@ class Writes(NamedTuple):
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""
-        gates = Gates(*(gate[..., t : t + 1] if isinstance(gate, Tensor) else gate for gate in self.gates))
-        return self._replace(keys=self.keys[..., t : t + 1, :], values=self.values[..., t : t + 1, :], gates=gates)
+        at = slice(t, t + 1)
+        return self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
 
     def counted(self) -> Tensor | None:
         """1 where there is a token and 0 where there is none [b, 1, c]."""

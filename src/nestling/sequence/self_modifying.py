@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Weights, matrix, mlp, together
+from nestling.memory.structure import Structure, Weights, matrix, mlp, together
 
 from .convolution import ShortConvolution
 from .layout import Piece, lay_out
@@ -75,21 +75,13 @@ class SelfModifying(MixerModule):
         check_width(dim, heads)
         self.heads, self.expression = heads, expression
         head_dim = dim // heads
-        structure = expression.structure
-        if isinstance(structure, mlp):
-            bare, residual = replace(structure, residual=False), structure.residual
-        elif isinstance(structure, matrix):
-            bare, residual = structure, False
-        else:
-            raise ValueError(
-                f"self_modifying knows how to make matrix() and mlp() memories end in a gate, not {structure}"
-            )
-        flags = (residual, residual, False, False, residual)  # k, v, step size, retention, main
+        bare, residual = _bare(expression.structure)
+        flags = [residual, residual, False, False, residual]  # k, v, step size, retention, main
         groups = [slice(0, 5)] if expression.chunk == expression.projection_chunk else [slice(0, 4), slice(4, 5)]
         self.groups = groups
         self.memories = tuple(
             Memory(
-                together(bare, flags[group]),
+                together(bare, tuple(flags[group])),
                 expression.attentional_bias,
                 expression.rule,
                 expression.chunk if group.start == 4 else expression.projection_chunk,
@@ -174,6 +166,15 @@ class SelfModifying(MixerModule):
         step_size = raw[:, :, 0].sigmoid()
         gates = Gates(self.step_bound * step_size, kept, F.logsigmoid(raw[:, :, 1]))
         return k, v, gates, step_size.detach() > 0.99
+
+
+def _bare(structure: Structure) -> tuple[Structure, bool]:
+    """The structure without its residual, and whether it had one."""
+    if isinstance(structure, mlp):
+        return replace(structure, residual=False), structure.residual
+    if isinstance(structure, matrix):
+        return structure, False
+    raise ValueError(f"self_modifying: matrix() and mlp() memories can end in a gate; {structure} cannot")
 
 
 def _count(before: Tensor, found: list[tuple[Piece, Tensor]]) -> Tensor:

@@ -35,7 +35,7 @@ ARMS = {
 }
 
 
-DEMO_TRAIN = TrainConfig(steps=300, rows=4, length=256, learning_rate=4e-3, warmup_steps=10)
+DEMO_TRAIN = TrainConfig(steps=420, rows=2, length=256, learning_rate=4e-3, warmup_steps=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,11 @@ class DemoConfig:
 
     model: ModelConfig = preset("hope")
     train: TrainConfig = DEMO_TRAIN
-    read_bytes: int = 96_000  # of each body after the first
-    held_out_bytes: int = 32_768  # of each body
-    probe_bytes: int = 8_192  # of the held-out text, for the curves
-    probes: int = 3  # inside each body
+    python_bytes: int = 110_000  # read in life
+    names_bytes: int = 40_000  # read in life, after Python
+    held_out_bytes: int = 20_480  # of each body
+    probe_bytes: int = 6_144  # of the held-out text, for the curves
+    probes: int = 2  # inside each body
     seed: int = 0
     short: bool = False
 
@@ -56,7 +57,14 @@ def shortened(config: DemoConfig) -> DemoConfig:
     """A demo of about a minute: too little training to claim anything, enough to see that all of it runs."""
     train = replace(config.train, steps=20, rows=2, length=128, warmup_steps=5)
     return replace(
-        config, train=train, read_bytes=12_288, held_out_bytes=4_096, probe_bytes=2_048, probes=1, short=True
+        config,
+        train=train,
+        python_bytes=12_288,
+        names_bytes=8_192,
+        held_out_bytes=4_096,
+        probe_bytes=2_048,
+        probes=1,
+        short=True,
     )
 
 
@@ -125,7 +133,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
 
 def demo_bodies(config: DemoConfig) -> dict[str, Body]:
     """The text of the demo, leak-checked."""
-    sizes = {"python": config.read_bytes, "names": config.read_bytes}
+    sizes = {"python": config.python_bytes, "names": config.names_bytes}
     return embedded_bodies(read_bytes=sizes, held_out_bytes=config.held_out_bytes, seed=config.seed)
 
 

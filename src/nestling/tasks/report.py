@@ -71,8 +71,8 @@ def write_report(data: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers = folder / "report.html", folder / "report.json"
-    text = json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None), indent=1)
-    write_file(numbers, f"{text}\n".encode())
+    finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    write_file(numbers, json.dumps(finite, indent=1).encode())
     write_file(page, _page(data).encode())
     return page, numbers
 
@@ -108,13 +108,15 @@ def draw_life(data: dict[str, Any]) -> str:
 
 def _paint_life(panels: Sequence[Any], data: dict[str, Any]) -> None:
     for panel, (body, facts) in zip(panels, data["bodies"].items(), strict=True):
-        for name, arm in data["arms"].items():
-            _plot(panel, name, [(at, bits.get(body)) for at, bits in arm.get("curve", [])], label=name)
+        for index, (name, arm) in enumerate(data["arms"].items()):
+            points = [(at, bits.get(body)) for at, bits in arm.get("curve", [])]
+            width = max(1.0, 3.6 - 0.8 * index)  # a line that lies under another can be seen
+            _plot(panel, name, points, label=name, linewidth=width)
         if _is_number(facts.get("xz")):
             panel.axhline(facts["xz"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=XZ)
-        panel.set_ylabel(body)
+        panel.set(ylabel=body)
         _mark_starts(panel, data, labelled=panel is panels[0])
-    panels[-1].set_xlabel("tokens read in life")
+    panels[-1].set(xlabel="tokens read in life")
     panels[0].figure.supylabel("held-out bits per byte", fontsize="medium")
     panels[0].figure.align_ylabels()
 
@@ -216,9 +218,7 @@ learned."""
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>{PAGE_STYLE}</style>
-</head><body><main>
-<h1>{title}</h1>
-<p>{escape(done)}</p>
+</head><body><main><h1>{title}</h1><p>{escape(done)}</p>
 <p>{"This was the short form of the demo: too little training to judge by." if data["short"] else ""}</p>
 <h2>Bits per byte</h2>
 {_html_table(data)}

@@ -34,7 +34,7 @@ def save_run(directory: Path, trainer: Trainer, run: dict[str, Any]) -> Path:
         tensors |= {f"clock.{index}.{i}": gradient for i, gradient in enumerate(clock.gradients)}
     facts = {"step": trainer.step, "clocks": clocks, "machine": machine()}
     config = {"format": FORMAT, "model": to_data(trainer.model.config), "train": to_data(trainer.config), "run": run}
-    contents = {
+    contents: dict[str, dict[str, Tensor] | str] = {
         "config.json": json.dumps(config, indent=2),
         "model.safetensors": dict(trainer.model.state_dict()),
         "training.safetensors": tensors,
@@ -57,8 +57,8 @@ def load_run(directory: Path, trainer: Trainer) -> list[str]:
     packed = trainer.optimizer.state_dict()
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            packed["state"].setdefault(int(index), {})[key] = tensor
+            _, number, key = name.split(".", 2)
+            packed["state"].setdefault(int(number), {})[key] = tensor
     trainer.optimizer.load_state_dict(packed)
     for index, (clock, saved) in enumerate(zip(trainer.clocks, facts["clocks"], strict=True)):
         clock.elapsed, clock.steps = saved["elapsed"], saved["steps"]

@@ -85,9 +85,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             _groups(model, config), lr=config.learning_rate, betas=(config.beta1, config.beta2)
         )
-        self.clocks = [
-            LevelClock(lvl.period, list(maps)) for lvl, maps in zip(model.levels, model.level_weights(), strict=True)
-        ]  # type: ignore[arg-type]
+        weights = [list(maps.parameters()) for block in model.blocks for maps in block.continuum.weights]  # type: ignore[union-attr]
+        self.clocks = [LevelClock(lvl.period, maps) for lvl, maps in zip(model.levels, weights, strict=True)]
 
     def run_step(self, stream: Stream) -> StepReport:
         """One step on the next batch. Raises FloatingPointError when loss or gradient are not finite, before any
@@ -156,7 +155,8 @@ class LevelClock:
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.dim() >= 2 and "embedding" not in name else plain).append(parameter)
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""One thread, the same random cases each time, and the types and shapes of nestling's functions checked while its tests run."""
+"""One thread, the same random cases each time; types and shapes of nestling's functions checked in its tests."""
 
 import os
 

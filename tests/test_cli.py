@@ -78,7 +78,9 @@ def test_bad_text(command: str, model: Path, tmp_path: Path, capfd: pytest.Captu
     out = tmp_path / "out"
     for name, said in (("missing", "no such file"), ("empty.txt", "empty"), ("folder", "no text")):
         path = str(tmp_path / name)
-        arguments = ["train", "--data", path, "--out", str(out), *TINY] if command == "train" else ["learn", str(model), path]
+        arguments = (
+            ["train", "--data", path, "--out", str(out), *TINY] if command == "train" else ["learn", str(model), path]
+        )
         bad(arguments, capfd, path, said)
     assert not out.exists()
     assert sorted(str(path) for path in model.rglob("*")) == before

@@ -34,7 +34,9 @@ def weights_after(model: Decoder, text: torch.Tensor) -> dict[str, torch.Tensor]
     [momentum(), retain(decay(), momentum()), retain(decay(), delta_gradient_descent(momentum(clip())))],
     ids=repr,
 )
-@pytest.mark.parametrize("pieces", [[1] * 151, [7, 50, 1, 1, 92], [16, 16, 16, 103], [33, 118]], ids=lambda p: str(p[:4]))
+@pytest.mark.parametrize(
+    "pieces", [[1] * 151, [7, 50, 1, 1, 92], [16, 16, 16, 103], [33, 118]], ids=lambda p: str(p[:4])
+)
 def test_one_pass_is_split_passes_with_learning(rule, pieces: list[int]) -> None:
     model = build(level(16, rule=rule, retention=0.9), level(40, rule=rule, retention=0.8))  # 40 is no multiple of 16
     reader = Reader(model)
@@ -61,7 +63,10 @@ def test_cuts_are_absolute_and_split_at_ticks() -> None:
 
 
 def test_off_the_clock_nothing_changes() -> None:
-    model = build(level(16, retention=0.5, rule=retain(decay(), momentum())), level(48, retention=0.5, rule=retain(decay(), momentum())))
+    model = build(
+        level(16, retention=0.5, rule=retain(decay(), momentum())),
+        level(48, retention=0.5, rule=retain(decay(), momentum())),
+    )
     before = flatten(model.level_weights())
     after = weights_after(model, TEXT[:48])  # token 48 has not arrived
     slow = [name for name in before if int(name.split(".")[0]) % 2 == 1]
@@ -79,7 +84,11 @@ def test_tick_is_the_sum_of_per_token_gradients() -> None:
     period, segment = 32, 16
     model = build(level(period, step_size=0.7), level(math.inf))
     own = model.level_weights()
-    after = flatten(Reader(model, segment=segment).read(Reader(model, segment=segment).begin(), TEXT[: period + 1])[0].levels.weights)
+    after = flatten(
+        Reader(model, segment=segment)
+        .read(Reader(model, segment=segment).begin(), TEXT[: period + 1])[0]
+        .levels.weights
+    )
     total = {name: torch.zeros_like(w) for name, w in flatten(own).items()}
     state = None
     for first in range(0, period, segment):
@@ -89,7 +98,9 @@ def test_tick_is_the_sum_of_per_token_gradients() -> None:
             logits, _ = model(tokens[None], state, weights=leaves)
             loss = F.cross_entropy(logits[0, t], targets[t])
             named = flatten(leaves)
-            for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
+            for name, gradient in zip(
+                named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True
+            ):
                 total[name] += 0 if gradient is None else gradient
         with torch.no_grad():
             _, state = model(tokens[None], state, weights=own)

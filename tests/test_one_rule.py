@@ -66,7 +66,9 @@ def objective(bias: AttentionalBias, read: Tensor, value: Tensor) -> Tensor:
     return 0.5 * (read - value).square().sum() if bias == l2() else -(read * value).sum()
 
 
-def optimizer_outputs(net: Net, optimizer: RuleOptimizer, bias: AttentionalBias, data: tuple[Tensor, ...], gates: Gates):
+def optimizer_outputs(
+    net: Net, optimizer: RuleOptimizer, bias: AttentionalBias, data: tuple[Tensor, ...], gates: Gates
+):
     outputs = []
     for t, (key, value, query) in enumerate(zip(*data, strict=True)):
         group = optimizer.param_groups[0]
@@ -162,9 +164,7 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(net.weight, twin.weight)
 
 
-@pytest.mark.parametrize(
-    "gates", [{"step_size": -1.0}, {"momentum": 1.5}, {"retention": -0.1}, {"tokens": 0}], ids=str
-)
+@pytest.mark.parametrize("gates", [{"step_size": -1.0}, {"momentum": 1.5}, {"retention": -0.1}, {"tokens": 0}], ids=str)
 def test_bad_gates_are_named(gates: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(gates))):
         to_optimizer(momentum(), nn.Linear(2, 2).parameters(), **gates)

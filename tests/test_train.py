@@ -51,11 +51,16 @@ def test_documents_start_where_they_start() -> None:
 
 
 def test_random_resets_have_their_share_and_a_seed() -> None:
-    share = torch.stack([Stream.of(TEXT, rows=4, length=8, reset_share=0.25).batch(n).reset[:, 0] for n in range(1, 400)])
+    share = torch.stack(
+        [Stream.of(TEXT, rows=4, length=8, reset_share=0.25).batch(n).reset[:, 0] for n in range(1, 400)]
+    )
     starts = torch.stack([Stream.of(TEXT, rows=4, length=8).batch(n).reset[:, 0] for n in range(1, 400)])
     assert abs(float((share & ~starts).float().mean()) - 0.25) < 0.03
     other = Stream.of(TEXT, rows=4, length=8, reset_share=0.25, seed=1)
-    assert any(not torch.equal(other.batch(n).reset, Stream.of(TEXT, rows=4, length=8, reset_share=0.25).batch(n).reset) for n in range(1, 9))
+    assert any(
+        not torch.equal(other.batch(n).reset, Stream.of(TEXT, rows=4, length=8, reset_share=0.25).batch(n).reset)
+        for n in range(1, 9)
+    )
 
 
 def test_too_little_text_is_said() -> None:
@@ -65,9 +70,7 @@ def test_too_little_text_is_said() -> None:
 
 def test_level_clock_holds_back_until_its_period() -> None:
     """Two rows of 16 tokens make 32 a step: a level of period 96 moves every third step, on the mean gradient."""
-    levels = tuple(
-        type(TINY.levels[0])(period) for period in (32, 96, math.inf)
-    )
+    levels = tuple(type(TINY.levels[0])(period) for period in (32, 96, math.inf))
     model = Decoder(ModelConfig(dim=16, heads=2, blocks=1, mixer=TINY.mixer, levels=levels))
     config = TrainConfig(steps=6, rows=2, length=16)
     trainer = Trainer(model, config)
@@ -159,7 +162,20 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     text.mkdir()
     for number, document in enumerate(TEXT):
         (text / f"{number}.txt").write_bytes(document)
-    flags = ["--preset", "tiny", "--steps", "60", "--rows", "2", "--length", "24", "--checkpoint-every", "1", "--threads", "1"]
+    flags = [
+        "--preset",
+        "tiny",
+        "--steps",
+        "60",
+        "--rows",
+        "2",
+        "--length",
+        "24",
+        "--checkpoint-every",
+        "1",
+        "--threads",
+        "1",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def train(out: Path, *more: str) -> subprocess.Popen[bytes]:

@@ -46,17 +46,34 @@ if TYPE_CHECKING:
 _ROOMS = {
     "checks": ("check",),
     "levels": ("Continuum", "Reader", "ReadingState", "level", "mean_surprise"),
-    "memory": (
-        "Gates Pairs clip dampen decay decay_to_start delta_gradient_descent dot every gradient_descent l2 matrix mlp "
-        "momentum normalize parse retain scale surprise"
-    ).split(),
+    "memory": [
+        "Gates",
+        "Pairs",
+        "clip",
+        "dampen",
+        "decay",
+        "decay_to_start",
+        "delta_gradient_descent",
+        "dot",
+        "every",
+        "gradient_descent",
+        "l2",
+        "matrix",
+        "mlp",
+        "momentum",
+        "normalize",
+        "parse",
+        "retain",
+        "scale",
+        "surprise",
+    ],
     "models": ("Decoder", "ModelConfig", "generate", "preset"),
     "optim": ("to_optimizer",),
     "sequence": ("SelfModifying", "SequenceMemory", "attention", "self_modifying", "sequence_memory"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = ["__version__", *_ROOM_OF]  # noqa: PLE0604
+__all__ = ["__version__", *_ROOM_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -326,8 +326,8 @@ def demo(*, out: Path = Path("runs/demo"), short: bool = False, seed: int = 0) -
 
         data = run_demo(config, Path(scratch), tell)
         out.mkdir(parents=True, exist_ok=True)
-    html, numbers = write_report(data, out)
     print_report(data, Console())
+    html, numbers = write_report(data, out)
     print(f"{html}\n{numbers}")
 
 

@@ -49,9 +49,9 @@ class Memory:
     """Miras' four choices, and when gradients are taken and reads are made: everything but the weights.
 
     structure, attentional_bias, rule: the parts. gradient_at="token": at every token's own weights, W_{t-1}; the
-    chunk is then only how the work is split. gradient_at="chunk": errors and layer inputs frozen at the weights on which
-    the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its own
-    write; "before": as they stood before it; "boundary": the weights on which its chunk opened (equation 90).
+    chunk is then only how the work is split. gradient_at="chunk": errors and layer inputs frozen at the weights on
+    which the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its
+    own write; "before": as they stood before it; "boundary": those on which its chunk opened (equation 90).
     way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule.
     Oracle: `memory.naive`.
     """

@@ -28,8 +28,8 @@ from .embedded import Body, embedded_bodies
 
 BITS = 1 / math.log(2)
 ARMS = {
-    "hope": "Hope: every level at its own period",
-    "frozen": "frozen: reads, and its levels do not learn",
+    "hope": "every level at its own period",
+    "frozen": "reads, and its levels do not learn",
     "fastest": "every level at the fastest period: online fine-tuning",
     "matched": "every level at the fastest period, step sizes matched to the rate of its period",
 }
@@ -95,12 +95,12 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
             baseline = equal_transformer(config)
             trained = together(
                 {
-                    "hope": pool.submit(_pre_train, config, config.model, "hope", folder, queue),
-                    "transformer": pool.submit(_pre_train, config, baseline, "transformer", folder, queue),
+                    "hope": pool.submit(_pre_train, config, bodies, config.model, "hope", folder, queue),
+                    "transformer": pool.submit(_pre_train, config, bodies, baseline, "transformer", folder, queue),
                 }
             )
             after_training = time.perf_counter()
-            arms = together({name: pool.submit(_live, config, name, folder, queue) for name in ARMS})
+            arms = together({name: pool.submit(_live, config, bodies, name, folder, queue) for name in ARMS})
     ended = time.perf_counter()
     first = trained["hope"]["held_out"]
     for arm in arms.values():
@@ -202,11 +202,11 @@ def claims(data: dict[str, Any]) -> list[dict[str, Any]]:
         stage = f"after {body}"
         gain = data["arms"]["frozen"]["held_out"][stage][body] - data["arms"]["hope"]["held_out"][stage][body]
         found.append((f"gained over the frozen model on {body}, right after it was read", gain, "at least 0.4", _gain))
-    pieces = data["by_position"]
-    last = pieces[-1][2] - pieces[-2][2]
-    found.append(
-        (f"change at positions {pieces[-1][0]} to {pieces[-1][1]} from those before", last, "below 0", lambda x: x < 0)
-    )
+    spans = [span for span in data["by_position"] if not math.isnan(span[2])]
+    if len(spans) > 1:
+        (_, _, before), (first, last, bits) = spans[-2:]
+        claim = f"change at positions {first} to {last} from those before (trained at {data['training_length']})"
+        found.append((claim, bits - before, "below 0", lambda x: x < 0))
     found.append(("seconds in all", data["seconds"]["all"], "at most 480", lambda x: x <= 480))
     found.append(("GB of memory", data["peak_bytes"] / 1e9, "at most 3", lambda x: x <= 3))
     return [
@@ -247,8 +247,9 @@ def _first(documents: tuple[bytes, ...], size: int) -> list[bytes]:
     return chosen
 
 
-def _pre_train(config: DemoConfig, model_config: ModelConfig, name: str, folder: Path, queue: Any) -> dict[str, Any]:
-    bodies = demo_bodies(config)
+def _pre_train(
+    config: DemoConfig, bodies: dict[str, Body], model_config: ModelConfig, name: str, folder: Path, queue: Any
+) -> dict[str, Any]:
     model, train = Decoder(model_config, seed=config.seed), config.train
     stream = Stream.of(
         bodies["english"].read, rows=train.rows, length=train.length, reset_share=train.reset_share, seed=train.seed
@@ -274,9 +275,8 @@ def _pre_train(config: DemoConfig, model_config: ModelConfig, name: str, folder:
     }
 
 
-def _live(config: DemoConfig, arm: str, folder: Path, queue: Any) -> dict[str, Any]:
+def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, queue: Any) -> dict[str, Any]:
     """One arm of the life: read the two bodies, one after the other."""
-    bodies = demo_bodies(config)
     saved = load_model(folder / "hope").model
     model = Decoder(arm_config(config.model, arm))
     model.load_state_dict(saved.state_dict())

@@ -110,7 +110,7 @@ def _paint_life(panels: Sequence[Any], data: dict[str, Any]) -> None:
     for panel, (body, facts) in zip(panels, data["bodies"].items(), strict=True):
         for index, (name, arm) in enumerate(data["arms"].items()):
             points = [(at, bits.get(body)) for at, bits in arm.get("curve", [])]
-            width = max(1.0, 3.6 - 0.8 * index)  # a line that lies under another can be seen
+            width = max(1.0, 2.6 - 0.5 * index)  # a line that lies under another can be seen
             _plot(panel, name, points, label=name, linewidth=width)
         if _is_number(facts.get("xz")):
             panel.axhline(facts["xz"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=XZ)

@@ -29,13 +29,13 @@ from .embedded import Body, embedded_bodies
 BITS = 1 / math.log(2)
 ARMS = {
     "hope": "every level at its own period",
-    "frozen": "reads, and its levels do not learn",
     "fastest": "every level at the fastest period: online fine-tuning",
     "matched": "every level at the fastest period, step sizes matched to the rate of its period",
+    "frozen": "reads, and its levels do not learn",
 }
 
 
-DEMO_TRAIN = TrainConfig(steps=420, rows=2, length=256, learning_rate=4e-3, warmup_steps=10)
+DEMO_TRAIN = TrainConfig(steps=500, rows=2, length=256, learning_rate=4e-3, warmup_steps=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,12 @@ class DemoConfig:
 
     model: ModelConfig = preset("hope")
     train: TrainConfig = DEMO_TRAIN
-    python_bytes: int = 110_000  # read in life
-    names_bytes: int = 40_000  # read in life, after Python
+    python_bytes: int = 72_000  # read in life
+    names_bytes: int = 20_000  # read in life, after Python
     held_out_bytes: int = 20_480  # of each body
     probe_bytes: int = 6_144  # of the held-out text, for the curves
-    probes: int = 2  # inside each body
+    probes: int = 1  # inside each body
+    long_bytes: int = 61_440  # of held-out English, for bits per byte by position
     seed: int = 0
     short: bool = False
 
@@ -64,6 +65,7 @@ def shortened(config: DemoConfig) -> DemoConfig:
         held_out_bytes=4_096,
         probe_bytes=2_048,
         probes=1,
+        long_bytes=16_384,
         short=True,
     )
 
@@ -103,9 +105,12 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
             arms = together({name: pool.submit(_live, config, bodies, name, folder, queue) for name in ARMS})
     ended = time.perf_counter()
     first = trained["hope"]["held_out"]
+    frozen, probe = arms["frozen"], trained["hope"]["probe"]  # what does not learn measures the same throughout
+    frozen["held_out"] = {stage: first for stage in arms["hope"]["held_out"]}
+    frozen["curve"] = [[tokens, probe] for tokens, _ in arms["hope"]["curve"]]
     for arm in arms.values():
         arm["held_out"] = {"after training": first, **arm["held_out"]}
-        arm["curve"] = [[0, trained["hope"]["probe"]], *arm["curve"]]
+        arm["curve"] = [[0, probe], *arm["curve"]]
     data = {
         "format": 1,
         "title": "A small Hope: pre-trained, then living on",
@@ -263,8 +268,10 @@ def _pre_train(
             curve.append([trainer.step * train.rows * train.length, sum(recent) / len(recent)])
             recent = []
     save_run(folder / name, trainer, {"demo": name})
-    by_position = surprise_by_position(model, bodies["english"].held_out) * BITS
-    edges = [0, 64, 256, 512, 1024, 1536, 2047]
+    edges = [0, 64, 256, 512, 1024, 2047]
+    longer = embedded_bodies(held_out_bytes=config.long_bytes, seed=config.seed)["english"].held_out
+    by_position = surprise_by_position(model, [text for text in longer if len(text) > edges[-1]]) * BITS
+    by_position = by_position[by_position.isfinite().all(1)]  # the same texts at every position
     return {
         "parameters": count(model),
         "curve": curve,
@@ -304,8 +311,9 @@ def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, q
             state, closing = reader.end_document(state)
             moved += closing.moved.tolist()
         prequential[body.name] = nats * BITS / max(1, counted)
-        held_out[f"after {body.name}"] = _held_out(model, bodies, state.levels, config.held_out_bytes)
-        curve.append([done, _held_out(model, bodies, state.levels, config.probe_bytes)])
+        if reader.learning:
+            held_out[f"after {body.name}"] = _held_out(model, bodies, state.levels, config.held_out_bytes)
+            curve.append([done, _held_out(model, bodies, state.levels, config.probe_bytes)])
     return {
         "label": ARMS[arm],
         "levels": [repr(lvl) for lvl in model.config.levels],

@@ -78,7 +78,10 @@ def _build(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         part = known(node.func.id, all_variants(), "part")
         arguments = [_build(argument, text) for argument in node.args]
-        keywords = {word.arg: _build(word.value, text) for word in node.keywords if word.arg is not None}
+        names = [word.arg for word in node.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError(f"in {text!r}: every argument of {node.func.id} needs a name of its own")
+        keywords = {str(word.arg): _build(word.value, text) for word in node.keywords}
         try:
             return part(*arguments, **keywords)
         except TypeError as error:

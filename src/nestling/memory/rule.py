@@ -120,6 +120,14 @@ class Plan(NamedTuple):
     buffer: Tensor | None = None
     start: Tensor | None = None
 
+    def times(self, factor: Tensor | float) -> "Plan":
+        """The plan of the same rule with its update multiplied by a gate [..., c]: what is written, or, where a
+        momentum stands between, what is read out of it."""
+        if self.momentum is None:
+            return self._replace(write=self.write * factor)
+        read_out = torch.ones_like(self.write) if self.read_out is None else self.read_out
+        return self._replace(read_out=read_out * factor)
+
 
 class ChunkEnd(NamedTuple):
     """What a chunk leaves behind for a rule's state."""
@@ -248,11 +256,7 @@ class scale(_wrapper):
         return _wide(gates.step_size) * added, state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, norms, state, exact)
-        if plan.momentum is None:
-            return plan._replace(write=plan.write * gates.step_size)
-        read_out = gates.step_size if plan.read_out is None else plan.read_out * gates.step_size
-        return plan._replace(read_out=_per_token(read_out, norms.input))
+        return self.of.plan(gates, norms, state, exact).times(gates.step_size)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,8 +278,7 @@ class dampen(_wrapper):
         return _wide(1.0 - gates.momentum) * added, state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
-        plan = self.of.plan(gates, norms, state, exact)
-        return plan._replace(write=plan.write * (1.0 - gates.momentum))
+        return self.of.plan(gates, norms, state, exact).times(1.0 - gates.momentum)
 
 
 @dataclass(frozen=True, repr=False)
@@ -301,7 +304,8 @@ class clip(_wrapper):
         if isinstance(gradient, Pairs):
             error = gradient.error * self._factor(gradient.error.square().sum(-1))[..., None]
             return self.of.update(weight, Pairs(error, gradient.input), state, gates)
-        squared = gradient.total.square().sum((-2, -1)) / gradient.squared_norm()
+        norm = gradient.squared_norm()
+        squared = gradient.total.square().sum((-2, -1)) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         total = gradient.total * _wide(self._factor(squared))
         return self.of.update(weight, gradient._replace(total=total), state, gates)
 

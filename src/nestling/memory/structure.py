@@ -137,8 +137,10 @@ class mlp(Structure):
         return F.gelu(x) if self.activation == "gelu" else F.silu(x)
 
     def activation_backward(self, error: Tensor, x: Tensor) -> Tensor:
-        aten = torch.ops.aten  # the fused derivatives; twice differentiable, unlike a custom Function
-        return aten.gelu_backward(error, x) if self.activation == "gelu" else aten.silu_backward(error, x)
+        if self.activation == "gelu":  # the fused derivative; twice differentiable, unlike a custom Function
+            return torch.ops.aten.gelu_backward(error, x)
+        gate = x.sigmoid()  # silu's fused derivative has none of its own
+        return error * gate * (1.0 + x * (1.0 - gate))
 
 
 @dataclass(frozen=True, repr=False)

@@ -72,6 +72,8 @@ class SlidingAttention(MixerModule):
             return x, state
         phase = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         layout = lay_out(phase, x.shape[1], (1,), reset, valid)
+        if not layout.pieces:  # nothing but padding
+            return torch.zeros_like(x), state
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
         q, k, v = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
         exists = state.exists

@@ -83,6 +83,8 @@ class SequenceMemory(MixerModule):
         if x.shape[1] == 0:
             return x, state
         layout = lay_out(state.phase, x.shape[1], (self.memory.chunk,), reset, valid)
+        if not layout.pieces:  # nothing but padding
+            return torch.zeros_like(x), state
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
         raw = layout.spread(self.gates(x))
         y, memory = self._scan(mixed, raw, layout, state.memory, start.memory)

@@ -38,7 +38,8 @@ class Layout(NamedTuple):
         if self.source is None or self.valid is None:
             return x
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        return x[rows, self.source] * self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+        held = self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
+        return torch.where(held, x[rows, self.source], 0.0)
 
     def present(self, piece: Piece) -> Tensor | None:
         """The slots of a piece that hold a token [b, c]; None where all do."""
@@ -51,6 +52,8 @@ class Layout(NamedTuple):
         """[b, s, ...] by slot -> [b, t, ...] by token."""
         if self.slot is None:
             return y
+        if y.shape[1] == 0:  # nothing but padding
+            return y.new_zeros(*self.slot.shape, *y.shape[2:])
         return y[torch.arange(y.shape[0], device=y.device)[:, None], self.slot]
 
 

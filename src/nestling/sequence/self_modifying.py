@@ -128,6 +128,8 @@ class SelfModifying(MixerModule):
             return x, state
         sizes = (self.expression.projection_chunk, self.expression.chunk)
         layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
+        if not layout.pieces:  # nothing but padding
+            return torch.zeros_like(x), state
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
         raw_momentum = layout.spread(self.momentum(x))
         bounded = []
@@ -174,7 +176,7 @@ def _bare(structure: Structure) -> tuple[Structure, bool]:
         return replace(structure, residual=False), structure.residual
     if isinstance(structure, matrix):
         return structure, False
-    raise ValueError(f"self_modifying: matrix() and mlp() memories can end in a gate; {structure} cannot")
+    raise ValueError(f"self_modifying: matrix() and mlp() memories can be made to end in a gate, not {structure}")
 
 
 def _count(before: Tensor, found: list[tuple[Piece, Tensor]]) -> Tensor:

@@ -32,7 +32,8 @@ def test_train_learn_generate_info(
     assert capfd.readouterr().out == first
     assert main(["info", str(model)]) == 0
     told = capfd.readouterr().out
-    assert "self_modifying(chunk=16" in told
+    assert "self_modifying(" in told
+    assert "projection_chunk=16" in told
     assert "312 tokens read" in told
 
 

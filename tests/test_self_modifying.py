@@ -91,9 +91,8 @@ def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
     found = []
     for memory, at in zip(layer.memories, state.memories, strict=True):
         assert isinstance(memory.structure, together)
-        for member in range(memory.structure.copies):
-            first, *rest = memory.structure.member_weights(at.running, slice(member, member + 1))
-            found.append([first, *(weight[:, :, 0] for weight in rest)])
+        for member in range(len(memory.structure.residual)):
+            found.append([weight[:, :, member] for weight in at.running])
     for gate in (2, 3):
         assert not found[gate][-1][:, :, 1:].any(), "the padding of a narrow answer stays zero"
         found[gate][-1] = found[gate][-1][:, :, :1]

@@ -30,7 +30,7 @@ def make(structure: Structure) -> tuple[Weights, torch.Tensor]:
     value = VALUE if structure in BARE else KEY
     generator = torch.Generator().manual_seed(0)
     if isinstance(structure, together):
-        members = [structure.of.init(KEY, value, LEADING, generator) for _ in range(structure.copies)]
+        members = [structure.of.init(KEY, value, LEADING, generator) for _ in structure.residual]
         weights = structure.join(members)
     else:
         weights = structure.init(KEY, value, LEADING, generator)
@@ -42,8 +42,7 @@ def by_hand(structure: Structure, weights: Weights, keys: torch.Tensor) -> torch
     if isinstance(structure, together):
         members = []
         for i, kept in enumerate(structure.residual):
-            first = weights[0].unflatten(-2, (structure.copies, -1))[..., i, :, :]
-            values = by_hand(structure.of, (first, *(w[..., i, :, :] for w in weights[1:])), keys)
+            values = by_hand(structure.of, tuple(w[..., i, :, :] for w in weights), keys)
             members.append(values + keys if kept else values)
         return torch.stack(members, -3)
     x = keys
@@ -60,8 +59,8 @@ class TestStructure:
         weights, keys = make(structure)
         values, inputs, outputs = structure.forward(plain(weights), keys)
         torch.testing.assert_close(values, by_hand(structure, weights, keys))
-        assert len(inputs) == len(outputs) == len(weights) == len(structure.lead)
-        torch.testing.assert_close(inputs[0], keys)
+        assert len(inputs) == len(outputs) == len(weights)
+        torch.testing.assert_close(inputs[0].view_as(keys), keys)
         for weight, x, output in zip(weights, inputs, outputs, strict=True):
             torch.testing.assert_close(x @ weight.mT, output)
 
@@ -101,7 +100,7 @@ def test_memories_together_answer_as_each_alone():
     torch.testing.assert_close(values[:, :, 2, :, :1], alone[2])
     assert not values[:, :, 2, :, 1:].any(), "a narrower answer is padded with zeros"
     for chosen in (slice(0, 2), slice(2, 3), slice(-1, None)):
-        some = structure.take(chosen).forward(plain(structure.member_weights(joined, chosen)), keys)[0]
+        some = structure.take(chosen).forward(plain(tuple(w[..., chosen, :, :] for w in joined)), keys)[0]
         torch.testing.assert_close(some, values[:, :, chosen])
 
 

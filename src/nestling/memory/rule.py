@@ -125,7 +125,7 @@ class Plan(NamedTuple):
         momentum stands between, what is read out of it."""
         if self.momentum is None:
             return self._replace(write=self.write * factor)
-        read_out = torch.ones_like(self.write) if self.read_out is None else self.read_out
+        read_out = torch.ones_like(self.momentum) if self.read_out is None else self.read_out
         return self._replace(read_out=read_out * factor)
 
 

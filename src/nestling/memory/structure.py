@@ -26,12 +26,6 @@ class Structure(Part, family=True):
     in the autograd graph and can be checkpointed. Oracle: autograd (tests/test_structure.py).
     """
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """How many dims each linear map has between the heads and its matrix: 1 where memories that run
-        `together` each have their own inputs."""
-        return (0,) * len(self.shapes(1, 1))
-
     @abstractmethod
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         """(out, in) of every linear map, from the key's side to the value's."""
@@ -70,7 +64,19 @@ class Structure(Part, family=True):
 
 def plain(weights: Weights) -> Apply:
     """The same weights for every token."""
-    return lambda index, inputs: inputs @ weights[index].mT
+    return lambda index, inputs: product(inputs, weights[index].mT)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, where one of them may stand once (a dim of size one before its matrix) for the many of the other:
+    then the many are taken as one wide matrix, and nothing is repeated."""
+    if a.dim() < 4 or b.dim() < 4 or a.shape[-3] == b.shape[-3]:
+        return a @ b
+    if a.shape[-3] == 1:
+        wide = a.squeeze(-3) @ b.transpose(-3, -2).flatten(-2)
+        return wide.unflatten(-1, (b.shape[-3], -1)).transpose(-3, -2)
+    tall = a.flatten(-3, -2) @ b.squeeze(-3)
+    return tall.unflatten(-2, (a.shape[-3], -1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,9 +153,9 @@ class mlp(Structure):
 class together(Structure):
     """Several memories of one shape that share their keys, run as one.
 
-    Their first maps are one map [n * out, in]; later maps stand side by side [n, out, in]. Values are
-    [..., n, t, v]. `residual` says for each memory whether its key is added to its answer. Only for structures
-    without a residual of their own.
+    Weights stand side by side, [..., n, out, in]; values are [..., n, t, v]. The keys are the same for all, and
+    so is what is computed of them. `residual` says for each memory whether its key is added to its answer. Only
+    for structures without a residual of their own.
     """
 
     of: Structure
@@ -159,58 +165,28 @@ class together(Structure):
         if not (isinstance(self.of, matrix) or (isinstance(self.of, mlp) and not self.of.residual)):
             raise ValueError(f"together({self.of!r}, ...): needs matrix() or mlp(residual=False)")
 
-    @property
-    def copies(self) -> int:
-        return len(self.residual)
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return (0, *[1] * (len(self.of.lead) - 1))
-
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return self.of.shapes(key_dim, value_dim)
 
     def join(self, members: list[Weights]) -> Weights:
-        """The weights of the members [h, out, in] as those of the whole; narrower answers are padded with rows
-        of zeros, which stay zero as long as their errors are."""
+        """The weights of the members [h, out, in] as those of the whole [h, n, out, in]; narrower answers are
+        padded with rows of zeros, which stay zero as long as their errors are."""
         joined = []
-        for index, maps in enumerate(zip(*members, strict=True)):
+        for maps in zip(*members, strict=True):
             rows = max(weight.shape[-2] for weight in maps)
-            padded = [F.pad(weight, (0, 0, 0, rows - weight.shape[-2])) for weight in maps]
-            joined.append(torch.stack(padded, -3) if index else torch.cat(padded, -2))
+            joined.append(torch.stack([F.pad(weight, (0, 0, 0, rows - weight.shape[-2])) for weight in maps], -3))
         return tuple(joined)
 
     def take(self, members: slice) -> "together":
-        """The structure of some of the members."""
+        """The structure of some of the members; their weights are the same slice of dim -3."""
         return together(self.of, self.residual[members])
 
-    def member_weights(self, weights: Weights, members: slice) -> Weights:
-        """The weights [b, h, ...] of some of the members."""
-        first = weights[0].unflatten(-2, (self.copies, -1))[..., members, :, :].flatten(-3, -2)
-        return (first, *(weight[..., members, :, :] for weight in weights[1:]))
-
-    def side_by_side(self, x: Tensor) -> Tensor:
-        """[..., t, n * r] -> [..., n, t, r]."""
-        return x.unflatten(-1, (self.copies, -1)).transpose(-2, -3)
-
     def forward(self, apply: Apply, keys: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        first = apply(0, keys)
-        inputs, outputs, last = [keys], [first], self.side_by_side(first)
-        if isinstance(self.of, mlp):
-            hidden = self.side_by_side(self.of.activate(first))
-            for index in range(1, self.of.depth):
-                inputs.append(hidden)
-                outputs.append(apply(index, hidden))
-                last = outputs[-1]
-                hidden = self.of.activate(last) if index < self.of.depth - 1 else last
-        added = [keys if kept else torch.zeros_like(keys) for kept in self.residual]
-        return last + torch.stack(added, -3), tuple(inputs), tuple(outputs)
+        values, inputs, outputs = self.of.forward(apply, keys.unsqueeze(-3))
+        if any(self.residual):
+            added = [keys if kept else torch.zeros_like(keys) for kept in self.residual]
+            values = values + torch.stack(added, -3)
+        return values, inputs, outputs
 
     def backward(self, weights: Weights, outputs: tuple[Tensor, ...], error: Tensor) -> tuple[Tensor, ...]:
-        errors = [error]
-        for index in range(len(outputs) - 1, 0, -1):
-            assert isinstance(self.of, mlp)
-            below = outputs[index - 1] if index > 1 else self.side_by_side(outputs[0])
-            errors.append(self.of.activation_backward(errors[-1] @ weights[index], below))
-        errors[-1] = errors[-1].transpose(-2, -3).flatten(-2)
-        return tuple(reversed(errors))
+        return self.of.backward(weights, outputs, error)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.memory.rule import Plan
+from nestling.memory.structure import product
 
 _LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
@@ -32,14 +33,6 @@ class Transfer(NamedTuple):
     decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
     start_decayed: Tensor | None  # m_c [...]
 
-    def lift(self, dims: int) -> "Transfer":
-        """The same with a dim of size one between the heads and the chunk, where `dims` is 1."""
-        if not dims:
-            return self
-        decayed = None if self.decayed is None else self.decayed.unsqueeze(-2)
-        start_decayed = None if self.start_decayed is None else self.start_decayed.unsqueeze(-1)
-        return Transfer(self.after.lift(), self.before.lift(), decayed, start_decayed)
-
 
 class Stand(NamedTuple):
     """The coefficients of the weights at every token of a chunk."""
@@ -48,14 +41,6 @@ class Stand(NamedTuple):
     written: Tensor  # G [..., c, c] of each write; the same tensor as B without a momentum
     start_kept: Tensor | None  # b [..., c] of W before the chunk; None: 1
     start_read: Tensor | None  # f [..., c] of S before the chunk; None without a momentum
-
-    def lift(self) -> "Stand":
-        """The same with a dim of size one between the heads and the chunk."""
-        start_kept = None if self.start_kept is None else self.start_kept.unsqueeze(-2)
-        start_read = None if self.start_read is None else self.start_read.unsqueeze(-2)
-        kept = self.kept.unsqueeze(-3)
-        written = kept if self.written is self.kept else self.written.unsqueeze(-3)
-        return Stand(kept, written, start_kept, start_read)
 
 
 def _products(log_gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,36 +103,35 @@ class MapChunk(NamedTuple):
     erased: Tensor | None  # erase_j r_j [..., c, out]
     carry: Transfer
 
-    def take(self, copies: int, members: slice, lead: int) -> "MapChunk":
-        """The same for some of `copies` memories that run together: rows of a first map, else whole maps."""
+    def take(self, members: slice) -> "MapChunk":
+        """The same for some of the memories [b, h, n, ...] that run together."""
 
-        def rows(x: Tensor | None, dim: int) -> Tensor | None:
-            if x is None:
-                return None
-            if lead:
-                return x[:, :, members]
-            size = x.shape[dim] // copies
-            start, stop, _ = members.indices(copies)
-            return x.narrow(dim, start * size, (stop - start) * size)
+        def some(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[2] == 1 else x[:, :, members]
 
-        weight, writes = rows(self.weight, -2), rows(self.writes, -1)
-        assert weight is not None
-        assert writes is not None
-        inputs = self.inputs[:, :, members] if lead else self.inputs
-        buffer, start = rows(self.buffer, -2), rows(self.start, -2)
-        return MapChunk(weight, buffer, start, inputs, writes, rows(self.erased, -1), self.carry)
+        *tensors, carry = self
+        return MapChunk._make([*map(some, tensors), carry])
 
 
 def _from_start(stand: Stand, weight: Tensor, plan: "Plan | MapChunk", x: Tensor) -> Tensor:
     """What stood before the chunk answers to x [..., c, in]: (b_t W + (1 - b_t) start + f_t S) x_t."""
-    answer = x @ weight.mT
+    answer = product(x, weight.mT)
     if stand.start_kept is not None:
         kept = stand.start_kept[..., None]
-        answer = answer * kept if plan.start is None else torch.lerp(x @ plan.start.mT, answer, kept)
+        answer = answer * kept if plan.start is None else torch.lerp(product(x, plan.start.mT), answer, kept)
     if plan.buffer is not None:
         assert stand.start_read is not None
-        answer = torch.addcmul(answer, x @ plan.buffer.mT, stand.start_read[..., None])
+        answer = torch.addcmul(answer, product(x, plan.buffer.mT), stand.start_read[..., None])
     return answer
+
+
+def _solve(system: Tensor, known: Tensor) -> Tensor:
+    """r with (1 + system) r = known, system strictly lower triangular [..., c, c]; one system may stand for many."""
+    many = known.shape[-3] if known.dim() > 3 and system.shape[-3] == 1 else 1
+    if many > 1:
+        system, known = system.squeeze(-3), known.transpose(-3, -2).flatten(-2)
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    return solved.unflatten(-1, (many, -1)).transpose(-3, -2) if many > 1 else solved
 
 
 def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor) -> MapChunk:
@@ -157,10 +141,10 @@ def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, er
     if plan.erase is None:
         return chunk
     scores = inputs @ inputs.mT
-    known = _from_start(carry.before, weight, plan, inputs) - (scores * carry.before.written) @ writes
+    known = _from_start(carry.before, weight, plan, inputs) - product(scores * carry.before.written, writes)
     # (1 + scores B diag(erase)) r = known
     system = scores * carry.before.kept * plan.erase[..., None, :]
-    seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    seen = _solve(system, known)
     return chunk._replace(erased=seen * plan.erase[..., None])
 
 
@@ -168,11 +152,11 @@ def write_exact(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, val
     """A chunk of writes whose errors slope * W_{t-1} x_t - v_t are taken at every token's own weights."""
     scores = inputs @ inputs.mT
     written = scores * carry.before.written
-    known = _from_start(carry.before, weight, plan, inputs) + written @ (values * plan.write[..., None])
+    known = _from_start(carry.before, weight, plan, inputs) + product(written, values * plan.write[..., None])
     system = slope * written * plan.write[..., None, :]
     if plan.erase is not None:
         system = system + scores * carry.before.kept * plan.erase[..., None, :]
-    seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    seen = _solve(system, known)
     writes = (slope * seen - values) * plan.write[..., None]
     erased = None if plan.erase is None else seen * plan.erase[..., None]
     return MapChunk(weight, plan.buffer, plan.start, inputs, writes, erased, carry)
@@ -184,10 +168,11 @@ def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     answer = _from_start(stand, chunk.weight, chunk, queries)
     scores = queries @ chunk.inputs.mT
     if chunk.erased is None:
-        return answer - (scores * stand.written) @ chunk.writes
+        return answer - product(scores * stand.written, chunk.writes)
     if stand.written is stand.kept:
-        return answer - (scores * stand.kept) @ (chunk.writes + chunk.erased)
-    return answer - (scores * stand.written) @ chunk.writes - (scores * stand.kept) @ chunk.erased
+        return answer - product(scores * stand.kept, chunk.writes + chunk.erased)
+    answer = answer - product(scores * stand.written, chunk.writes)
+    return answer - product(scores * stand.kept, chunk.erased)
 
 
 def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
@@ -202,10 +187,10 @@ def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
     change = chunk.writes * stand.written[..., -1, :, None]
     if chunk.erased is not None:
         change = change + chunk.erased * stand.kept[..., -1, :, None]
-    weight = weight - change.mT @ chunk.inputs
+    weight = weight - product(change.mT, chunk.inputs)
     if chunk.buffer is None:
         return weight, None
     assert chunk.carry.decayed is not None
     assert chunk.carry.start_decayed is not None
-    fresh = (chunk.writes * chunk.carry.decayed[..., None]).mT @ chunk.inputs
+    fresh = product((chunk.writes * chunk.carry.decayed[..., None]).mT, chunk.inputs)
     return weight, chunk.buffer * chunk.carry.start_decayed[..., None, None] - fresh

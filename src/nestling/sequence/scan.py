@@ -109,7 +109,7 @@ class Memory:
         if members is None:
             return self.structure, weights
         assert isinstance(self.structure, together)
-        return self.structure.take(members), self.structure.member_weights(weights, members)
+        return self.structure.take(members), tuple(weight[:, :, members] for weight in weights)
 
     def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
@@ -127,11 +127,7 @@ class Memory:
             structure, asked, before = self.structure, maps, self.read == "before"
             if pairs.readers is not None:
                 assert isinstance(structure, together)
-                asked = [
-                    chunk.take(structure.copies, pairs.readers, lead)
-                    for chunk, lead in zip(maps, structure.lead, strict=True)
-                ]
-                structure = structure.take(pairs.readers)
+                structure, asked = structure.take(pairs.readers), [chunk.take(pairs.readers) for chunk in maps]
             y = structure.forward(lambda i, x: chunks.read(asked[i], x, before=before), queries)[0]
         ends = [chunks.end(chunk) for chunk in maps]
         rules = tuple(
@@ -143,7 +139,7 @@ class Memory:
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
-            plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0], 0)
+            plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0])
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = chunks.transfer(plan)
@@ -153,9 +149,8 @@ class Memory:
         maps: list[chunks.MapChunk] = []
         all_norms = []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
-            lead = self.structure.lead[i]
-            plan, norms = self._plan(pairs, x, error, state.rule[i], lead)
-            carry = maps[0].carry.lift(lead) if i and shared else chunks.transfer(plan)
+            plan, norms = self._plan(pairs, x, error, state.rule[i])
+            carry = maps[0].carry if i and shared else chunks.transfer(plan)
             maps.append(chunks.write_frozen(plan, carry, weight, x, error))
             all_norms.append(norms)
         return maps, all_norms
@@ -171,13 +166,11 @@ class Memory:
         outputs = tuple(output[..., :c, :] for output in outputs)
         return tuple(x[..., :c, :] for x in inputs), self.structure.backward(weights, outputs, error)
 
-    def _plan(
-        self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any, lead: int
-    ) -> tuple[Plan, Tensor]:
-        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] with `lead` 1; and
-        the squared norms of those inputs."""
+    def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:
+        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] where memories run
+        together; and the squared norms of those inputs."""
         gates, counted = pairs.gates, pairs.counted()
-        if lead:
+        if isinstance(self.structure, together):
             gates = Gates(*(gate.unsqueeze(2) if isinstance(gate, Tensor) else gate for gate in gates))
             counted = None if counted is None else counted.unsqueeze(2)
         squared = inputs.square().sum(-1) if counted is None else inputs.square().sum(-1) * counted
@@ -219,9 +212,8 @@ class Memory:
         running, rules = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
-            gates = pair.gates
-            if not self.structure.lead[i]:  # [b, h, 1] stands for [b, h, n] where memories run together
-                gates = gates.at(0)
+            # [b, h, 1] stands for [b, h, n] where memories run together
+            gates = pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
             stepped, after = self.rule.step(weight, Pairs(error, x), before, gates)
             running.append(stepped)
             rules.append(after)

@@ -36,7 +36,7 @@ class ShortConvolution(nn.Module):
             if layout.begins is not None:
                 tail = torch.where(layout.begins[:, None, None], 0.0, tail)
             extended = torch.cat([tail.to(x.dtype), x], 1)
-            y = F.conv1d(extended.mT, self.weight[:, None], groups=x.shape[-1]).mT
+            y = F.conv1d(extended.mT, self.weight[:, None], groups=x.shape[-1]).mT.contiguous()
             return y, extended[:, -back:]
         return self._by_document(x, tail, layout, back)
 

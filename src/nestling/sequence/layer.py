@@ -98,21 +98,20 @@ class SequenceMemory(MixerModule):
             mixed = F.silu(mixed.to(self.start[0].dtype))
             queries, keys, values = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
             queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
-            gates = self.make_gates(raw.to(self.start[0].dtype))
+            gates = [layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype))]
+            k, v, q = (layout.cut(part, -2) for part in (keys, values, queries))
 
-            def step(piece: Piece, states: States) -> tuple[Tensor, States]:
-                at = slice(piece.start, piece.stop)
+            def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 opened = self.memory.open(states[0], piece.opens[0])
-                here = gates.at(at)
-                present = layout.present(piece)
-                pairs = Writes(keys[..., at, :], values[..., at, :], here, present)
-                y, after = self.memory.run(opened, pairs, queries[..., at, :])
+                here = Gates(*(gate[index] for gate in gates))
+                pairs = Writes(k[index], v[index], here, layout.present(piece))
+                y, after = self.memory.run(opened, pairs, q[index])
                 return y, (after,)
 
             y, (memory,) = scan(layout, (state,), (start,), step)
         return y, memory
 
-    def make_gates(self, raw: Tensor) -> Gates:
+    def make_gates(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw gates [b, t, 3 h] -> step size, momentum and log retention, each [b, h, t]."""
         step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
-        return Gates(self.step_bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention))
+        return self.step_bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention)

@@ -252,16 +252,16 @@ _CHOICES = {
 }
 
 
-Step = Callable[[Piece, States], tuple[Tensor, States]]
+Step = Callable[[int, Piece, States], tuple[Tensor, States]]
 
 
 def scan(layout: Layout, states: States, starts: States, step: Step) -> tuple[Tensor, States]:
     """Go through a layout's pieces: rows that begin a document there take the start states; `step` opens chunks,
     writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece."""
     reads = []
-    for piece in layout.pieces:
+    for index, piece in enumerate(layout.pieces):
         if piece.reset is not None:
             states = select(piece.reset, starts, states)
-        y, states = step(piece, states)
+        y, states = step(index, piece, states)
         reads.append(y)
     return torch.cat(reads, -2), states

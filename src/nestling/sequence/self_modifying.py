@@ -136,19 +136,18 @@ class SelfModifying(MixerModule):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
             both = split_heads(F.silu(mixed.to(dtype)), 2 * self.heads)
-            u, queries = F.normalize(both, dim=-1).chunk(2, 1)
-            kept = raw_momentum.to(dtype).transpose(1, 2).sigmoid()
+            u, queries = (layout.cut(part, -2) for part in F.normalize(both, dim=-1).chunk(2, 1))
+            kept = layout.cut(raw_momentum.to(dtype).transpose(1, 2).sigmoid(), -1)
 
-            def step(piece: Piece, states: States) -> tuple[Tensor, States]:
-                at = slice(piece.start, piece.stop)
+            def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 present = layout.present(piece)
                 opens = piece.opens if len(states) == 2 else piece.opens[:1]
                 opened = [m.open(s, o) for m, s, o in zip(self.memories, states, opens, strict=True)]
-                k, v, gates, near = self.project(opened[0], u[..., at, :], kept[..., at])
+                k, v, gates, near = self.project(opened[0], u[index], kept[index])
                 bounded.append((piece, near if present is None else near & present[:, None]))
                 pairs = Writes(k, v, gates, present, own_targets=True)
                 main = pairs._replace(readers=slice(-1, None))
-                y, written = self.memories[-1].run(opened[-1], main, queries[..., at, :])
+                y, written = self.memories[-1].run(opened[-1], main, queries[index])
                 if len(opened) == 1:
                     return y[:, :, 0], (written,)
                 return y[:, :, 0], (self.memories[0].run(opened[0], pairs)[1], written)

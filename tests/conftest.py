@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
@@ -26,3 +27,9 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 install_import_hook("nestling", "conftest.check")
+
+
+@pytest.fixture(autouse=True)
+def _as_torch_comes() -> None:
+    """The command line flushes denormal numbers for its whole process; each test starts without that."""
+    torch.set_flush_denormal(False)

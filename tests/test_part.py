@@ -31,7 +31,7 @@ directions = st.recursive(
     st.just(surprise()),
     lambda inner: st.one_of(
         *[st.builds(part, inner) for part in (scale, gradient_descent, dampen, normalize, momentum)],
-        st.builds(clip, inner, st.floats(0, exclude_min=True, allow_nan=False)),
+        st.builds(clip, inner, st.floats(1e-3, allow_nan=False)),
         st.sampled_from([gradient_descent(), clip(), clip(bound=2.0), dampen(), normalize(), momentum()]),
     ),
     max_leaves=4,
@@ -43,7 +43,7 @@ rules = keepers | st.builds(every, periods, keepers) | st.builds(every, periods)
 mlps = st.builds(
     mlp,
     depth=st.integers(2, 5),
-    expansion=st.floats(0, exclude_min=True, allow_nan=False),
+    expansion=st.floats(1e-3, allow_nan=False),
     residual=st.booleans(),
     activation=st.sampled_from(["gelu", "silu"]),
 )

@@ -16,22 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nestling.memory.rule import Plan
-from nestling.memory.structure import product
 
-_LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
-
-
-class Transfer(NamedTuple):
-    """How far each token's write and erase carry to each token of the chunk, as each stands after its own step
-    (`after`) and before it (`before`). From the gates alone: shared by all maps of a memory."""
-
-    after: "Stand"
-    before: "Stand"
-    decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
-    start_decayed: Tensor | None  # m_c [...]
+from .fused import Decay, End, Look, Solve
 
 
 class Stand(NamedTuple):
@@ -43,19 +31,14 @@ class Stand(NamedTuple):
     start_read: Tensor | None  # f [..., c] of S before the chunk; None without a momentum
 
 
-def _products(log_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """prod_{j<l<=t} [..., c, c], zero above the diagonal, and prod_{l<=t} [..., c], from logs [..., c].
+class Transfer(NamedTuple):
+    """How far each token's write and erase carry to each token of the chunk, as each stands after its own step
+    (`after`) and before it (`before`). From the gates alone: shared by all maps of a memory."""
 
-    Differences of sums are taken in float64, so that small gates before j cost no precision after it. Products
-    too small to matter are exactly zero: denormal numbers would make a CPU many times slower.
-    """
-    total = log_gates.double().clamp(min=_LOG_ZERO).cumsum(-1)
-    between = (total[..., :, None] - total[..., None, :]).to(log_gates.dtype)
-    c = log_gates.shape[-1]
-    above = torch.ones(c, c, dtype=torch.bool, device=log_gates.device).triu(1)
-    products = between.masked_fill(above, -torch.inf).exp()
-    least = torch.finfo(log_gates.dtype).eps ** 2
-    return F.threshold(products, least, 0.0), F.threshold(total.to(log_gates.dtype).exp(), least, 0.0)
+    after: Stand
+    before: Stand
+    decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
+    start_decayed: Tensor | None  # m_c [...]
 
 
 def transfer(plan: Plan) -> Transfer:
@@ -63,17 +46,16 @@ def transfer(plan: Plan) -> Transfer:
     c = plan.write.shape[-1]
     start_kept = start_read = decayed = start_decayed = None
     if plan.log_keep is not None:
-        kept, start_kept = _products(plan.log_keep)
+        kept, start_kept = Decay.apply(plan.log_keep)
     else:
         kept = plan.write.new_ones(c, c).tril()
     written = kept
     if plan.momentum is not None:
-        products, first = _products(plan.momentum.clamp(min=torch.finfo(plan.momentum.dtype).tiny).log())
+        products, first = Decay.apply(plan.momentum.clamp(min=torch.finfo(plan.momentum.dtype).tiny).log())
         decayed, start_decayed = products[..., -1, :], first[..., -1]
         if plan.read_out is not None:
             products, first = plan.read_out[..., None] * products, plan.read_out * first
-        both = kept @ torch.cat([products, first[..., None]], -1)
-        written, start_read = both[..., :-1], both[..., -1]
+        written, start_read = kept @ products, (kept @ first[..., None])[..., 0]
     after = Stand(kept, written, start_kept, start_read)
     return Transfer(after, _earlier(after), decayed, start_decayed)
 
@@ -95,102 +77,102 @@ def _earlier(after: Stand) -> Stand:
 class MapChunk(NamedTuple):
     """One linear map over one chunk: everything a read or the chunk's end needs."""
 
-    weight: Tensor  # W before the chunk [..., out, in]
-    buffer: Tensor | None  # S before the chunk
-    start: Tensor | None  # the weight that retention returns to, where it does
+    before: "Before"
     inputs: Tensor  # x [..., c, in]
     writes: Tensor  # write_j e_j [..., c, out]
     erased: Tensor | None  # erase_j r_j [..., c, out]
     carry: Transfer
 
-    def take(self, members: slice) -> "MapChunk":
-        """The same for some of the memories [b, h, n, ...] that run together."""
 
-        def some(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[2] == 1 else x[:, :, members]
+class Before(NamedTuple):
+    """A linear map as it stood before the chunk. Maps [..., n, out, in] that all have the same inputs are taken
+    as one map [..., 1, n out, in]."""
 
-        *tensors, carry = self
-        return MapChunk._make([*map(some, tensors), carry])
+    drift: Tensor  # W; its distance from `start`, where there is one
+    start: Tensor | None  # the weight that retention returns to, where it does
+    buffer: Tensor | None  # S
+    many: int  # n where maps stand above one another, else 1
+
+    @classmethod
+    def of(cls, weight: Tensor, plan: Plan, inputs: Tensor) -> "Before":
+        drift = weight if plan.start is None else weight - plan.start
+        many = weight.shape[-3] if weight.dim() > 4 and inputs.shape[-3] == 1 else 1
+        maps = (drift, plan.start, plan.buffer)
+        if many > 1:
+            maps = tuple(x if x is None else x.flatten(-3, -2).unsqueeze(-3) for x in maps)
+        return cls(*maps, many)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Tokens of every map [..., n, c, out] as tokens of the one [..., 1, c, n out]."""
+        return x if self.many == 1 else x.transpose(-3, -2).flatten(-2).unsqueeze(-3)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The inverse of `beside`."""
+        return x if self.many == 1 else x.squeeze(-3).unflatten(-1, (self.many, -1)).transpose(-3, -2).contiguous()
 
 
-def _from_start(stand: Stand, weight: Tensor, plan: "Plan | MapChunk", x: Tensor) -> Tensor:
-    """What stood before the chunk answers to x [..., c, in]: (b_t W + (1 - b_t) start + f_t S) x_t."""
-    answer = product(x, weight.mT)
-    if stand.start_kept is not None:
-        kept = stand.start_kept[..., None]
-        answer = answer * kept if plan.start is None else torch.lerp(product(x, plan.start.mT), answer, kept)
-    if plan.buffer is not None:
-        assert stand.start_read is not None
-        answer = torch.addcmul(answer, product(x, plan.buffer.mT), stand.start_read[..., None])
-    return answer
-
-
-def _solve(system: Tensor, known: Tensor) -> Tensor:
-    """r with (1 + system) r = known, system strictly lower triangular [..., c, c]; one system may stand for many."""
-    many = known.shape[-3] if known.dim() > 3 and system.shape[-3] == 1 else 1
-    if many > 1:
-        system, known = system.squeeze(-3), known.transpose(-3, -2).flatten(-2)
-    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
-    return solved.unflatten(-1, (many, -1)).transpose(-3, -2) if many > 1 else solved
+def _look(
+    before: Before, stand: Stand, x: Tensor, inputs: Tensor, writes: Tensor, erased: Tensor | None = None
+) -> Tensor:
+    if erased is not None and stand.written is stand.kept:
+        writes, erased = writes + erased, None
+    kept = None if erased is None else stand.kept
+    drift, start, buffer, _ = before
+    return Look.apply(
+        x, drift, start, buffer, inputs, writes, erased, stand.start_kept, stand.start_read, stand.written, kept
+    )
 
 
 def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor) -> MapChunk:
     """A chunk of writes whose errors [..., c, out] are known: taken at the chunk's anchor."""
-    writes = errors * plan.write[..., None]
-    chunk = MapChunk(weight, plan.buffer, plan.start, inputs, writes, None, carry)
+    before = Before.of(weight, plan, inputs)
+    writes = before.beside(errors * plan.write[..., None])
+    chunk = MapChunk(before, inputs, writes, None, carry)
     if plan.erase is None:
         return chunk
-    scores = inputs @ inputs.mT
-    known = _from_start(carry.before, weight, plan, inputs) - product(scores * carry.before.written, writes)
+    known = _look(before, carry.before, inputs, inputs, writes)
     # (1 + scores B diag(erase)) r = known
-    system = scores * carry.before.kept * plan.erase[..., None, :]
-    seen = _solve(system, known)
+    seen = Solve.apply(inputs, carry.before.kept * plan.erase[..., None, :], known)
     return chunk._replace(erased=seen * plan.erase[..., None])
 
 
 def write_exact(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, values: Tensor, slope: float) -> MapChunk:
     """A chunk of writes whose errors slope * W_{t-1} x_t - v_t are taken at every token's own weights."""
-    scores = inputs @ inputs.mT
-    written = scores * carry.before.written
-    known = _from_start(carry.before, weight, plan, inputs) + product(written, values * plan.write[..., None])
-    system = slope * written * plan.write[..., None, :]
+    before = Before.of(weight, plan, inputs)
+    write = plan.write[..., None]
+    wanted = before.beside(values * write)
+    known = _look(before, carry.before, inputs, inputs, -wanted)
+    system = slope * carry.before.written * plan.write[..., None, :]
     if plan.erase is not None:
-        system = system + scores * carry.before.kept * plan.erase[..., None, :]
-    seen = _solve(system, known)
-    writes = (slope * seen - values) * plan.write[..., None]
+        system = system + carry.before.kept * plan.erase[..., None, :]
+    seen = Solve.apply(inputs, system, known)
     erased = None if plan.erase is None else seen * plan.erase[..., None]
-    return MapChunk(weight, plan.buffer, plan.start, inputs, writes, erased, carry)
+    return MapChunk(before, inputs, slope * seen * write - wanted, erased, carry)
 
 
 def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
     stand = chunk.carry.before if before else chunk.carry.after
-    answer = _from_start(stand, chunk.weight, chunk, queries)
-    scores = queries @ chunk.inputs.mT
-    if chunk.erased is None:
-        return answer - product(scores * stand.written, chunk.writes)
-    if stand.written is stand.kept:
-        return answer - product(scores * stand.kept, chunk.writes + chunk.erased)
-    answer = answer - product(scores * stand.written, chunk.writes)
-    return answer - product(scores * stand.kept, chunk.erased)
+    return chunk.before.apart(_look(chunk.before, stand, queries, chunk.inputs, chunk.writes, chunk.erased))
 
 
 def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
     """W and S after the last token of the chunk."""
-    stand, weight = chunk.carry.after, chunk.weight
-    if stand.start_kept is not None:
-        kept = stand.start_kept[..., -1:, None]
-        weight = weight * kept if chunk.start is None else torch.lerp(chunk.start, weight, kept)
-    if chunk.buffer is not None:
-        assert stand.start_read is not None
-        weight = weight + chunk.buffer * stand.start_read[..., -1:, None]
-    change = chunk.writes * stand.written[..., -1, :, None]
-    if chunk.erased is not None:
-        change = change + chunk.erased * stand.kept[..., -1, :, None]
-    weight = weight - product(change.mT, chunk.inputs)
-    if chunk.buffer is None:
-        return weight, None
-    assert chunk.carry.decayed is not None
-    assert chunk.carry.start_decayed is not None
-    fresh = product((chunk.writes * chunk.carry.decayed[..., None]).mT, chunk.inputs)
-    return weight, chunk.buffer * chunk.carry.start_decayed[..., None, None] - fresh
+    stand, (drift, start, buffer, many) = chunk.carry.after, chunk.before
+    weight, buffer = End.apply(
+        drift,
+        start,
+        buffer,
+        chunk.inputs,
+        chunk.writes,
+        chunk.erased,
+        None if stand.start_kept is None else stand.start_kept[..., -1],
+        None if stand.start_read is None else stand.start_read[..., -1],
+        chunk.carry.start_decayed,
+        stand.written[..., -1, :],
+        None if chunk.erased is None else stand.kept[..., -1, :],
+        chunk.carry.decayed,
+    )
+    if many == 1:
+        return weight, buffer
+    return tuple(x if x is None else x.squeeze(-3).unflatten(-2, (many, -1)) for x in (weight, buffer))

@@ -1,10 +1,39 @@
 """The short causal depthwise convolution that stands before keys, values and queries."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layout import Layout
+
+
+class Convolve(torch.autograd.Function):
+    """x [b, back + t, d], w [d, back + 1] -> sum_s w_s * x[s : s + t], [b, t, d]: what conv1d with a group a
+    channel computes, without its change of layout; on a CPU its backward takes a third of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = _shift(x, 0, weight) * weight[:, 0]
+        for shift in range(1, weight.shape[1]):
+            y.addcmul_(_shift(x, shift, weight), weight[:, shift])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (g,) = grads
+        d_x, d_weight = g.new_zeros(x.shape), []
+        for shift in range(weight.shape[1]):
+            _shift(d_x, shift, weight).add_(g * weight[:, shift])
+            d_weight.append((g * _shift(x, shift, weight)).sum((0, 1)))
+        return d_x, torch.stack(d_weight, -1)
+
+
+def _shift(x: Tensor, shift: int, weight: Tensor) -> Tensor:
+    return x[:, shift : shift + x.shape[1] - weight.shape[1] + 1]
 
 
 class ShortConvolution(nn.Module):
@@ -36,8 +65,7 @@ class ShortConvolution(nn.Module):
             if layout.begins is not None:
                 tail = torch.where(layout.begins[:, None, None], 0.0, tail)
             extended = torch.cat([tail.to(x.dtype), x], 1)
-            y = F.conv1d(extended.mT, self.weight[:, None], groups=x.shape[-1]).mT.contiguous()
-            return y, extended[:, -back:]
+            return Convolve.apply(extended, self.weight), extended[:, -back:]
         return self._by_document(x, tail, layout, back)
 
     def _by_document(self, x: Tensor, tail: Tensor, layout: Layout, back: int) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ def linear(
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[b, t, h * k] -> [b, h, t, k]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[b, t, h * k] -> [b, h, t, k], contiguous: batched products would copy it at every use."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -99,17 +99,10 @@ class Memory:
         opened = MemoryState(state.running, state.running, tuple(self.rule.anchor(s) for s in state.rule))
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
-    def at_anchor(self, state: MemoryState, x: Tensor, members: slice | None = None) -> Tensor:
-        """The memory's answer [b, h, c, v] at the weights on which the chunk opened; of memories that run
-        together, [b, h, n, c, v] of the `members` named."""
-        structure, weights = self._members(state.anchor, members)
-        return structure.forward(plain(weights), x)[0]
-
-    def _members(self, weights: Weights, members: slice | None) -> tuple[Structure, Weights]:
-        if members is None:
-            return self.structure, weights
-        assert isinstance(self.structure, together)
-        return self.structure.take(members), tuple(weight[:, :, members] for weight in weights)
+    def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
+        """The memory's answer [b, h, c, v] at the weights on which the chunk opened ([b, h, n, c, v] of memories
+        that run together)."""
+        return self.structure.forward(plain(state.anchor), x)[0]
 
     def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
@@ -122,13 +115,10 @@ class Memory:
         maps, norms = self._write(state, pairs)
         y = pairs.values
         if queries is not None and self.read == "boundary":
-            y = self.at_anchor(state, queries, pairs.readers)
+            y = self.at_anchor(state, queries)
         elif queries is not None:
-            structure, asked, before = self.structure, maps, self.read == "before"
-            if pairs.readers is not None:
-                assert isinstance(structure, together)
-                structure, asked = structure.take(pairs.readers), [chunk.take(pairs.readers) for chunk in maps]
-            y = structure.forward(lambda i, x: chunks.read(asked[i], x, before=before), queries)[0]
+            before = self.read == "before"
+            y = self.structure.forward(lambda i, x: chunks.read(maps[i], x, before=before), queries)[0]
         ends = [chunks.end(chunk) for chunk in maps]
         rules = tuple(
             self.rule.close(rule_state, ChunkEnd(buffer, norm.sum(-1)))
@@ -157,14 +147,12 @@ class Memory:
 
     def _errors(self, weights: Weights, pairs: "Writes") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Inputs of every linear map and errors at its output, with the given weights for all tokens."""
-        x, c = pairs.keys, pairs.keys.shape[-2]
+        values = pairs.values
         if pairs.own_targets:
-            x = torch.cat([x, pairs.values], -2)
-        answers, inputs, outputs = self.structure.forward(plain(weights), x)
-        values = answers[..., c:, :] if pairs.own_targets else pairs.values
-        error = self.attentional_bias.error(answers[..., :c, :], values)
-        outputs = tuple(output[..., :c, :] for output in outputs)
-        return tuple(x[..., :c, :] for x in inputs), self.structure.backward(weights, outputs, error)
+            values = self.structure.forward(plain(weights), values)[0]
+        answers, inputs, outputs = self.structure.forward(plain(weights), pairs.keys)
+        error = self.attentional_bias.error(answers, values)
+        return inputs, self.structure.backward(weights, outputs, error)
 
     def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:
         """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] where memories run
@@ -201,8 +189,7 @@ class Memory:
                 stepped = select(pairs.valid[:, t], stepped, state)
             if queries is not None:
                 standing = {"after": stepped.running, "before": state.running, "boundary": state.anchor}[self.read]
-                structure, weights = self._members(standing, pairs.readers)
-                reads.append(structure.forward(plain(weights), queries[..., t : t + 1, :])[0])
+                reads.append(self.structure.forward(plain(standing), queries[..., t : t + 1, :])[0])
             state = stepped
         return (torch.cat(reads, -2) if reads else pairs.values), state
 
@@ -225,7 +212,7 @@ class Writes(NamedTuple):
 
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
     (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened. readers: of memories that run together, those that are read.
+    on which the chunk opened.
     """
 
     keys: Tensor
@@ -233,7 +220,6 @@ class Writes(NamedTuple):
     gates: Gates
     valid: Tensor | None = None
     own_targets: bool = False
-    readers: slice | None = None
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""

@@ -1,14 +1,14 @@
 """Self-modifying Titans: keys, values, step size and retention are memories too, and write their own targets."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Structure, Weights, matrix, mlp, together
+from nestling.memory.structure import Structure, matrix, mlp, together
 
 from .convolution import ShortConvolution
 from .layout import Piece, lay_out
@@ -39,7 +39,7 @@ class self_modifying(Memory, Mixer):
 
 
 class SelfModifyingState(NamedTuple):
-    """phase: tokens since the larger chunk opened [b]; memories: projections, gates, main; bounded: how many
+    """phase: tokens since the larger chunk opened [b]; memories: generators (of k, v, step size and retention, one beside the other) and main; bounded: how many
     step sizes came within 1% of their bound, since the document's start [b]."""
 
     phase: Tensor
@@ -76,20 +76,12 @@ class SelfModifying(MixerModule):
         self.heads, self.expression = heads, expression
         head_dim = dim // heads
         bare, residual = _bare(expression.structure)
-        flags = [residual, residual, False, False, residual]  # k, v, step size, retention, main
-        groups = [slice(0, 5)] if expression.chunk == expression.projection_chunk else [slice(0, 4), slice(4, 5)]
-        self.groups = groups
-        self.memories = tuple(
-            Memory(
-                together(bare, tuple(flags[group])),
-                expression.attentional_bias,
-                expression.rule,
-                expression.chunk if group.start == 4 else expression.projection_chunk,
-                "chunk",
-                expression.read,
-                expression.way,
-            )
-            for group in groups
+        generators = together(bare, (residual, residual, False, False))  # of k, v, step size, retention
+        shared = (expression.attentional_bias, expression.rule)
+        how: Any = ("chunk", expression.read, expression.way)
+        self.memories = (
+            Memory(generators, *shared, expression.projection_chunk, *how),
+            Memory(expression.structure, *shared, expression.chunk, *how),
         )
 
         self.mix = linear(2 * dim, dim, generator)
@@ -105,12 +97,13 @@ class SelfModifying(MixerModule):
         self.step_bound = step_bound(max(expression.chunk, expression.projection_chunk), head_dim)
 
     def init_state(self, batch: int) -> SelfModifyingState:
-        states = []
-        for memory, group in zip(self.memories, self.groups, strict=True):
-            assert isinstance(memory.structure, together)
-            members: list[Weights] = [tuple(start) for start in self.starts[group]]  # type: ignore[arg-type]
-            joined = memory.structure.join(members)
-            states.append(memory.begin(tuple(weight.expand(batch, *weight.shape) for weight in joined)))
+        *generators, main = (tuple(start) for start in self.starts)  # type: ignore[arg-type]
+        assert isinstance(self.memories[0].structure, together)
+        starts = (self.memories[0].structure.join(generators), main)
+        states = [
+            memory.begin(tuple(weight.expand(batch, *weight.shape) for weight in start))
+            for memory, start in zip(self.memories, starts, strict=True)
+        ]
         count = torch.zeros(batch, dtype=torch.int64, device=self.value_scale.device)
         return SelfModifyingState(count, self.convolution.init_state(batch), tuple(states), count)
 
@@ -141,16 +134,13 @@ class SelfModifying(MixerModule):
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 present = layout.present(piece)
-                opens = piece.opens if len(states) == 2 else piece.opens[:1]
-                opened = [m.open(s, o) for m, s, o in zip(self.memories, states, opens, strict=True)]
-                k, v, gates, near = self.project(opened[0], u[index], kept[index])
+                generators, main = self.memories
+                generating, known = (m.open(*pair) for m, pair in zip(self.memories, zip(states, piece.opens)))
+                k, v, gates, near = self.project(generating, u[index], kept[index])
                 bounded.append((piece, near if present is None else near & present[:, None]))
                 pairs = Writes(k, v, gates, present, own_targets=True)
-                main = pairs._replace(readers=slice(-1, None))
-                y, written = self.memories[-1].run(opened[-1], main, queries[index])
-                if len(opened) == 1:
-                    return y[:, :, 0], (written,)
-                return y[:, :, 0], (self.memories[0].run(opened[0], pairs)[1], written)
+                y, known = main.run(known, pairs, queries[index])
+                return y, (generators.run(generating, pairs)[1], known)
 
             y, memories = scan(layout, state.memories, start.memories, step)
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
@@ -160,7 +150,7 @@ class SelfModifying(MixerModule):
     def project(self, state: MemoryState, u: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Gates, Tensor]:
         """Keys, values and gates of a piece [b, h, c, .] from the memories as they were when the chunk opened;
         and where the step size comes within 1% of its bound."""
-        answers = self.memories[0].at_anchor(state, u, slice(0, 4))
+        answers = self.memories[0].at_anchor(state, u)
         k = F.normalize(answers[:, :, 0], dim=-1)
         v = F.normalize(answers[:, :, 1], dim=-1) * self.value_scale[:, None, None]
         raw = answers[:, :, 2:, :, 0] + self.gate_bias[..., None]

@@ -1,0 +1,172 @@
+"""Gradients by hand against the plain expressions they stand for, and against finite differences of both orders."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from nestling.memory.structure import GeluError
+from nestling.sequence.convolution import Convolve
+from nestling.sequence.fused import LOG_ZERO, Decay, End, Look, Solve
+
+LEADING, TOKENS, IN, OUT = (2, 2), 4, 3, 2
+SWITCHES = list(itertools.product((False, True), repeat=4))
+
+
+@pytest.fixture
+def draw():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, when: bool = True, lower: bool = False) -> Tensor | None:
+        if not when:
+            return None
+        x = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return (x.tril() if lower else x).requires_grad_()
+
+    return normal
+
+
+def check(function, plain, given: tuple[Tensor | None, ...]) -> None:
+    """The function is the plain expression, and its gradients are those of finite differences."""
+
+    def called(*tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        out = function.apply(*[None if x is None else next(left) for x in given])
+        return tuple(y for y in (out if isinstance(out, tuple) else (out,)) if y is not None)
+
+    tensors = tuple(x for x in given if x is not None)
+    expected = plain(*given)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for found, wanted in zip(called(*tensors), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert gradcheck(called, tensors)
+    assert gradgradcheck(called, tensors)
+
+
+def look(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept):
+    scores = x @ inputs.mT
+    answer = x @ drift.mT * (1.0 if b is None else b[..., None]) - (scores * written) @ writes
+    if start is not None:
+        answer = answer + x @ start.mT
+    if buffer is not None:
+        answer = answer + x @ buffer.mT * f[..., None]
+    return answer if erased is None else answer - (scores * kept) @ erased
+
+
+@pytest.mark.parametrize(("momentum", "start", "erase", "retention"), SWITCHES)
+@pytest.mark.parametrize("several", [1, 2])
+def test_look(draw, several, momentum, start, erase, retention):
+    maps, tokens, gates = (*LEADING, OUT, IN), (*LEADING, TOKENS), (2, several, TOKENS)
+    check(
+        Look,
+        look,
+        (
+            draw(*tokens, IN),
+            draw(*maps),
+            draw(*maps, when=start),
+            draw(*maps, when=momentum),
+            draw(*tokens, IN),
+            draw(*tokens, OUT),
+            draw(*tokens, OUT, when=erase),
+            draw(*gates, when=retention),
+            draw(*gates, when=momentum),
+            draw(*gates, TOKENS, lower=True),
+            draw(*gates, TOKENS, lower=True, when=erase),
+        ),
+    )
+
+
+def end(drift, start, buffer, inputs, writes, erased, b, f, m, written, kept, decayed):
+    weight = drift if b is None else drift * b[..., None, None]
+    weight = weight - (writes * written[..., None]).mT @ inputs
+    if start is not None:
+        weight = weight + start
+    if erased is not None:
+        weight = weight - (erased * kept[..., None]).mT @ inputs
+    if buffer is None:
+        return weight
+    weight = weight + buffer * f[..., None, None]
+    return weight, buffer * m[..., None, None] - (writes * decayed[..., None]).mT @ inputs
+
+
+@pytest.mark.parametrize(("momentum", "start", "erase", "retention"), SWITCHES)
+@pytest.mark.parametrize("several", [1, 2])
+def test_end(draw, several, momentum, start, erase, retention):
+    maps, tokens, gates = (*LEADING, OUT, IN), (*LEADING, TOKENS), (2, several)
+    check(
+        End,
+        end,
+        (
+            draw(*maps),
+            draw(*maps, when=start),
+            draw(*maps, when=momentum),
+            draw(*tokens, IN),
+            draw(*tokens, OUT),
+            draw(*tokens, OUT, when=erase),
+            draw(*gates, when=retention),
+            draw(*gates, when=momentum),
+            draw(*gates, when=momentum),
+            draw(*gates, TOKENS),
+            draw(*gates, TOKENS, when=erase),
+            draw(*gates, TOKENS, when=momentum),
+        ),
+    )
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_solve(draw, several):
+    def plain(inputs, coefficients, known):
+        system = torch.eye(TOKENS, dtype=torch.float64) + inputs @ inputs.mT * coefficients
+        return torch.linalg.inv(system) @ known
+
+    inputs, known = draw(*LEADING, TOKENS, IN), draw(*LEADING, TOKENS, OUT)
+    strict = draw(2, several, TOKENS, TOKENS).detach().tril(-1).requires_grad_()
+    torch.testing.assert_close(Solve.apply(inputs, strict, known), plain(inputs, strict, known))
+
+    def solve(x: Tensor, c: Tensor, k: Tensor) -> Tensor:
+        return Solve.apply(x, c.tril(-1), k)  # differences that leave the triangle are not the function's
+
+    assert gradcheck(solve, (inputs, strict, known))
+    assert gradgradcheck(solve, (inputs, strict, known))
+
+
+class TestDecay:
+    def test_is_the_product_of_the_gates_between(self, draw):
+        def plain(log_gates: Tensor) -> tuple[Tensor, Tensor]:
+            gates = log_gates.exp()
+            rows = [
+                torch.stack([gates[..., j + 1 : t + 1].prod(-1) * (j <= t) for j in range(TOKENS)], -1)
+                for t in range(TOKENS)
+            ]
+            return torch.stack(rows, -2), gates.cumprod(-1)
+
+        check(Decay, plain, ((-draw(2, TOKENS).detach().abs()).requires_grad_(),))
+
+    def test_a_gate_of_zero_forgets_all_and_gets_no_gradient(self):
+        log_gates = torch.tensor([-0.1, -torch.inf, -0.2], requires_grad=True)
+        products, first = Decay.apply(log_gates)
+        torch.testing.assert_close(first, torch.tensor([-0.1, -torch.inf, -torch.inf]).exp())
+        torch.testing.assert_close(products[2], torch.tensor([0.0, (torch.tensor(-0.2)).exp().item(), 1.0]))
+        (products.sum() + first.sum()).backward()
+        assert log_gates.grad is not None
+        assert log_gates.grad.isfinite().all()
+        assert log_gates.grad[1] == 0
+        assert LOG_ZERO < -30
+
+
+def test_the_error_before_a_gelu(draw):
+    def plain(error: Tensor, x: Tensor) -> Tensor:
+        return torch.autograd.grad(F.gelu(x), x, error, create_graph=True)[0]
+
+    check(GeluError, plain, (draw(7), draw(7)))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_convolve(draw, width):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv1d(x.mT, weight[:, None], groups=x.shape[-1]).mT
+
+    check(Convolve, plain, (draw(2, 6, 3), draw(3, width)))

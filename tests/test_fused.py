@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nestling.memory.structure import GeluError
 from nestling.sequence.convolution import Convolve
-from nestling.sequence.fused import LOG_ZERO, Decay, End, Look, Solve
+from nestling.sequence.fused import LOG_ZERO, Decay, End, Look, Solve, Unit
 
 LEADING, TOKENS, IN, OUT = (2, 2), 4, 3, 2
 SWITCHES = list(itertools.product((False, True), repeat=4))
@@ -170,3 +170,10 @@ def test_convolve(draw, width):
         return F.conv1d(x.mT, weight[:, None], groups=x.shape[-1]).mT
 
     check(Convolve, plain, (draw(2, 6, 3), draw(3, width)))
+
+
+def test_unit(draw):
+    check(Unit, lambda x: F.normalize(x, dim=-1), (draw(3, 5),))
+    zero = torch.zeros(2, 3, requires_grad=True)
+    Unit.apply(zero).sum().backward()
+    torch.testing.assert_close(zero.grad, torch.full((2, 3), 1e12))

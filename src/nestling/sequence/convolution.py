@@ -27,7 +27,7 @@ class Convolve(torch.autograd.Function):
         (g,) = grads
         d_x, d_weight = g.new_zeros(x.shape), []
         for shift in range(weight.shape[1]):
-            _shift(d_x, shift, weight).add_(g * weight[:, shift])
+            _shift(d_x, shift, weight).addcmul_(g, weight[:, shift])
             d_weight.append((g * _shift(x, shift, weight)).sum((0, 1)))
         return d_x, torch.stack(d_weight, -1)
 

@@ -28,6 +28,13 @@ def _add_(flat: Tensor, a: Tensor, b: Tensor, alpha: float, total: Tensor) -> Te
     return total
 
 
+def _minus(a: Tensor, b: Tensor) -> Tensor:
+    """-(a @ b)."""
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (a, b)]
+    nothing = a.new_empty(len(flat[0]), a.shape[-2], b.shape[-1])
+    return torch.baddbmm(nothing, *flat, beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
+
+
 def _dots(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """sum_k a_k b_k over the last dim, summed to the shape of `like`."""
     return (a * b).sum(-1).sum_to_size(like.shape)
@@ -122,16 +129,16 @@ class Look(Function):
             d_f = _dots(along, x, f)
             d_x = torch.addcmul(d_x, along, f[..., None])
             d_buffer = g.mT @ (x * f[..., None])
-        scores, across = x @ inputs.mT, g @ writes.mT
-        d_writes = -((scores * written).mT @ g)
-        d_written = (across * scores).neg_().sum_to_size(written.shape)
+        scores, across = _minus(x, inputs.mT), g @ writes.mT
+        d_writes = (scores * written).mT @ g
+        d_written = (across * scores).sum_to_size(written.shape)
         d_scores = across * written
         if erased is not None:
             across = g @ erased.mT
-            d_erased = -((scores * kept).mT @ g)
-            d_kept = (across * scores).neg_().sum_to_size(kept.shape)
+            d_erased = (scores * kept).mT @ g
+            d_kept = (across * scores).sum_to_size(kept.shape)
             d_scores = torch.addcmul(d_scores, across, kept)
-        d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), -(d_scores.mT @ x)
+        d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
         return d_x, d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
 
@@ -152,7 +159,7 @@ class Solve(Function):
         inputs, coefficients, solved = ctx.saved_tensors
         scores = inputs @ inputs.mT
         d_known = torch.linalg.solve_triangular((scores * coefficients).mT, g, upper=True, unitriangular=True)
-        d_system = -(d_known @ solved.mT)
+        d_system = _minus(d_known, solved.mT)
         d_scores = d_system * coefficients
         d_coefficients = (d_system * scores).sum_to_size(coefficients.shape)
         return (d_scores + d_scores.mT) @ inputs, d_coefficients, d_known
@@ -194,40 +201,50 @@ class End(Function):
         g, g_buffer = grads
         drift, start, buffer, inputs, writes, erased, b, f, m, written, kept, decayed = ctx.saved_tensors
         d_buffer = d_erased = d_b = d_f = d_m = d_kept = d_decayed = None
-        across = inputs @ g.mT
+        across = _minus(inputs, g.mT)
         d_drift = g
         if b is not None:
             d_b, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b.shape), g * b[..., None, None]
-        d_written = -_dots(across, writes, written)
+        d_written = _dots(across, writes, written)
         d_writes = across * written[..., None]
         if erased is not None:
-            d_erased, d_kept = -(across * kept[..., None]), -_dots(across, erased, kept)
-        d_inputs = _change(writes, written, erased, kept) @ g
+            d_erased, d_kept = across * kept[..., None], _dots(across, erased, kept)
+        d_inputs = _minus(_change(writes, written, erased, kept), g)
         if buffer is not None:
             d_f = (g * buffer).sum((-2, -1)).sum_to_size(f.shape)
             d_m = (g_buffer * buffer).sum((-2, -1)).sum_to_size(m.shape)
             d_buffer = torch.addcmul(g * f[..., None, None], g_buffer, m[..., None, None])
-            across = inputs @ g_buffer.mT
-            d_decayed = -_dots(across, writes, decayed)
+            across = _minus(inputs, g_buffer.mT)
+            d_decayed = _dots(across, writes, decayed)
             d_writes = torch.addcmul(d_writes, across, decayed[..., None])
-            d_inputs = _add(d_inputs, writes * decayed[..., None], g_buffer)
+            d_inputs = _add(d_inputs, writes * decayed[..., None], g_buffer, -1.0)
         d_start = None if start is None else g
-        return (
-            d_drift,
-            d_start,
-            d_buffer,
-            d_inputs.neg(),
-            d_writes.neg(),
-            d_erased,
-            d_b,
-            d_f,
-            d_m,
-            d_written,
-            d_kept,
-            d_decayed,
-        )
+        return d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_m, d_written, d_kept, d_decayed
 
 
 def _change(writes: Tensor, written: Tensor, erased: Tensor | None, kept: Tensor | None) -> Tensor:
     change = writes * written[..., None]
     return change if erased is None or kept is None else change.addcmul(erased, kept[..., None])
+
+
+class Unit(Function):
+    """x / |x| over the last dim; of a vector shorter than 1e-12, x / 1e-12."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+        ctx.save_for_backward(x, inverse)
+        return x * inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        (g,) = grads
+        x, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are those of the norm itself
+            inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
+        along = (g * x).sum(-1, keepdim=True) * inverse.pow(3)
+        return torch.addcmul(g * inverse, x, torch.where(inverse < 1e12, along, 0.0), value=-1.0)
+
+
+def unit(x: Tensor) -> Tensor:
+    return Unit.apply(x)

@@ -11,6 +11,7 @@ from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 
 from .convolution import ShortConvolution
+from .fused import unit
 from .layout import Layout, Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
 from .scan import Memory, MemoryState, States, Writes, scan
@@ -66,7 +67,7 @@ class SequenceMemory(MixerModule):
         self.step_bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
 
     def init_state(self, batch: int) -> SequenceState:
-        weights = tuple(weight.expand(batch, *weight.shape) for weight in self.start)
+        weights = tuple(weight.expand(batch, *weight.shape).contiguous() for weight in self.start)
         phase = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
         return SequenceState(phase, self.convolution.init_state(batch), self.memory.begin(weights))
 
@@ -97,7 +98,7 @@ class SequenceMemory(MixerModule):
         with torch.autocast(mixed.device.type, enabled=False):
             mixed = F.silu(mixed.to(self.start[0].dtype))
             queries, keys, values = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
-            queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+            queries, keys = unit(queries), unit(keys)
             gates = [layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype))]
             k, v, q = (layout.cut(part, -2) for part in (keys, values, queries))
 

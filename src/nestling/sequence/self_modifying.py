@@ -11,6 +11,7 @@ from nestling.memory.rule import Gates
 from nestling.memory.structure import Structure, matrix, mlp, together
 
 from .convolution import ShortConvolution
+from .fused import unit
 from .layout import Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
 from .scan import Memory, MemoryState, States, Writes, scan
@@ -101,7 +102,7 @@ class SelfModifying(MixerModule):
         assert isinstance(self.memories[0].structure, together)
         starts = (self.memories[0].structure.join(generators), main)
         states = [
-            memory.begin(tuple(weight.expand(batch, *weight.shape) for weight in start))
+            memory.begin(tuple(weight.expand(batch, *weight.shape).contiguous() for weight in start))
             for memory, start in zip(self.memories, starts, strict=True)
         ]
         count = torch.zeros(batch, dtype=torch.int64, device=self.value_scale.device)
@@ -129,7 +130,7 @@ class SelfModifying(MixerModule):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
             both = split_heads(F.silu(mixed.to(dtype)), 2 * self.heads)
-            u, queries = (layout.cut(part, -2) for part in F.normalize(both, dim=-1).chunk(2, 1))
+            u, queries = (layout.cut(part, -2) for part in unit(both).chunk(2, 1))
             kept = layout.cut(raw_momentum.to(dtype).transpose(1, 2).sigmoid(), -1)
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
@@ -151,8 +152,8 @@ class SelfModifying(MixerModule):
         """Keys, values and gates of a piece [b, h, c, .] from the memories as they were when the chunk opened;
         and where the step size comes within 1% of its bound."""
         answers = self.memories[0].at_anchor(state, u)
-        k = F.normalize(answers[:, :, 0], dim=-1)
-        v = F.normalize(answers[:, :, 1], dim=-1) * self.value_scale[:, None, None]
+        k = unit(answers[:, :, 0])
+        v = unit(answers[:, :, 1]) * self.value_scale[:, None, None]
         raw = answers[:, :, 2:, :, 0] + self.gate_bias[..., None]
         step_size = raw[:, :, 0].sigmoid()
         gates = Gates(self.step_bound * step_size, kept, F.logsigmoid(raw[:, :, 1]))

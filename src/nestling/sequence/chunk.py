@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nestling.memory.rule import Plan
 
-from .fused import Decay, End, Look, Solve
+from .fused import Decay, Look, Write
 
 
 class Stand(NamedTuple):
@@ -74,32 +74,21 @@ def _earlier(after: Stand) -> Stand:
     return Stand(kept, written, later(after.start_kept, 1.0), later(after.start_read, 0.0))
 
 
-class MapChunk(NamedTuple):
-    """One linear map over one chunk: everything a read or the chunk's end needs."""
-
-    before: "Before"
-    inputs: Tensor  # x [..., c, in]
-    writes: Tensor  # write_j e_j [..., c, out]
-    erased: Tensor | None  # erase_j r_j [..., c, out]
-    carry: Transfer
-
-
 class Before(NamedTuple):
     """A linear map as it stood before the chunk. Maps [..., n, out, in] that all have the same inputs are taken
     as one map [..., 1, n out, in]."""
 
-    drift: Tensor  # W; its distance from `start`, where there is one
+    weight: Tensor  # W
     start: Tensor | None  # the weight that retention returns to, where it does
     buffer: Tensor | None  # S
     many: int  # n where maps stand above one another, else 1
 
     @classmethod
     def of(cls, weight: Tensor, plan: Plan, inputs: Tensor) -> "Before":
-        drift = weight if plan.start is None else weight - plan.start
         many = weight.shape[-3] if weight.dim() > 4 and inputs.shape[-3] == 1 else 1
-        maps = (drift, plan.start, plan.buffer)
+        maps = (weight, plan.start, plan.buffer)
         if many > 1:
-            maps = tuple(x if x is None else x.flatten(-3, -2).unsqueeze(-3) for x in maps)
+            maps = tuple(x if x is None else x.flatten(-3, -2).unsqueeze(-3) for x in maps)  # type: ignore[assignment]
         return cls(*maps, many)
 
     def beside(self, x: Tensor) -> Tensor:
@@ -110,69 +99,57 @@ class Before(NamedTuple):
         """The inverse of `beside`."""
         return x if self.many == 1 else x.squeeze(-3).unflatten(-1, (self.many, -1)).transpose(-3, -2).contiguous()
 
+    def maps(self, x: Tensor | None) -> Tensor | None:
+        """The one map [..., 1, n out, in] as the maps that it is made of."""
+        return x if x is None or self.many == 1 else x.squeeze(-3).unflatten(-2, (self.many, -1))
 
-def _look(
-    before: Before, stand: Stand, x: Tensor, inputs: Tensor, writes: Tensor, erased: Tensor | None = None
-) -> Tensor:
-    if erased is not None and stand.written is stand.kept:
-        writes, erased = writes + erased, None
-    kept = None if erased is None else stand.kept
-    drift, start, buffer, _ = before
-    return Look.apply(
-        x, drift, start, buffer, inputs, writes, erased, stand.start_kept, stand.start_read, stand.written, kept
+
+class MapChunk(NamedTuple):
+    """One linear map over one chunk: what it has become, and everything that a read needs."""
+
+    before: Before
+    weight: Tensor  # W after the chunk
+    buffer: Tensor | None  # S after the chunk
+    inputs: Tensor  # x [..., c, in]
+    writes: Tensor  # write_j e_j [..., c, out]
+    erased: Tensor | None  # erase_j r_j [..., c, out]
+    carry: Transfer
+
+
+def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor, slope: float = 0.0) -> MapChunk:
+    """A chunk of writes with errors [..., c, out] taken at the chunk's anchor; or, with a slope, with errors
+    slope * W_{t-1} x_t + `errors`, at every token's own weights."""
+    before = Before.of(weight, plan, inputs)
+    stand, last = carry.before, carry.after
+    erases = plan.erase is not None
+    after, buffer, writes, erased = Write.apply(
+        slope,
+        *before[:3],
+        inputs,
+        before.beside(errors * plan.write[..., None]),
+        plan.write if slope else None,
+        plan.erase,
+        *(stand.start_kept, stand.start_read, stand.written, stand.kept if erases else None),
+        _last(last.start_kept, ()),
+        _last(last.start_read, ()),
+        carry.start_decayed,
+        _last(last.written, (slice(None),)),
+        _last(last.kept, (slice(None),)) if erases else None,
+        carry.decayed,
     )
+    return MapChunk(before, before.maps(after), before.maps(buffer), inputs, writes, erased, carry)  # type: ignore[arg-type]
 
 
-def write_frozen(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor) -> MapChunk:
-    """A chunk of writes whose errors [..., c, out] are known: taken at the chunk's anchor."""
-    before = Before.of(weight, plan, inputs)
-    writes = before.beside(errors * plan.write[..., None])
-    chunk = MapChunk(before, inputs, writes, None, carry)
-    if plan.erase is None:
-        return chunk
-    known = _look(before, carry.before, inputs, inputs, writes)
-    # (1 + scores B diag(erase)) r = known
-    seen = Solve.apply(inputs, carry.before.kept * plan.erase[..., None, :], known)
-    return chunk._replace(erased=seen * plan.erase[..., None])
-
-
-def write_exact(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, values: Tensor, slope: float) -> MapChunk:
-    """A chunk of writes whose errors slope * W_{t-1} x_t - v_t are taken at every token's own weights."""
-    before = Before.of(weight, plan, inputs)
-    write = plan.write[..., None]
-    wanted = before.beside(values * write)
-    known = _look(before, carry.before, inputs, inputs, -wanted)
-    system = slope * carry.before.written * plan.write[..., None, :]
-    if plan.erase is not None:
-        system = system + carry.before.kept * plan.erase[..., None, :]
-    seen = Solve.apply(inputs, system, known)
-    erased = None if plan.erase is None else seen * plan.erase[..., None]
-    return MapChunk(before, inputs, slope * seen * write - wanted, erased, carry)
+def _last(x: Tensor | None, rest: tuple[slice, ...]) -> Tensor | None:
+    return None if x is None else x[(..., -1, *rest)]
 
 
 def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
     stand = chunk.carry.before if before else chunk.carry.after
-    return chunk.before.apart(_look(chunk.before, stand, queries, chunk.inputs, chunk.writes, chunk.erased))
-
-
-def end(chunk: MapChunk) -> tuple[Tensor, Tensor | None]:
-    """W and S after the last token of the chunk."""
-    stand, (drift, start, buffer, many) = chunk.carry.after, chunk.before
-    weight, buffer = End.apply(
-        drift,
-        start,
-        buffer,
-        chunk.inputs,
-        chunk.writes,
-        chunk.erased,
-        None if stand.start_kept is None else stand.start_kept[..., -1],
-        None if stand.start_read is None else stand.start_read[..., -1],
-        chunk.carry.start_decayed,
-        stand.written[..., -1, :],
-        None if chunk.erased is None else stand.kept[..., -1, :],
-        chunk.carry.decayed,
-    )
-    if many == 1:
-        return weight, buffer
-    return tuple(x if x is None else x.squeeze(-3).unflatten(-2, (many, -1)) for x in (weight, buffer))
+    writes, erased, kept = chunk.writes, chunk.erased, stand.kept
+    if erased is None or stand.written is stand.kept:
+        writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]
+    weight, start, buffer, _ = chunk.before
+    stood = (stand.start_kept, stand.start_read, stand.written, kept)
+    return chunk.before.apart(Look.apply(queries, weight, start, buffer, chunk.inputs, writes, erased, *stood))

@@ -30,6 +30,8 @@ def _add_(flat: Tensor, a: Tensor, b: Tensor, alpha: float, total: Tensor) -> Te
 
 def _minus(a: Tensor, b: Tensor) -> Tensor:
     """-(a @ b)."""
+    if torch.compiler.is_compiling():
+        return -(a @ b)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in (a, b)]
     nothing = a.new_empty(len(flat[0]), a.shape[-2], b.shape[-1])
     return torch.baddbmm(nothing, *flat, beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
@@ -74,19 +76,19 @@ LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
 
 class Look(Function):
-    """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e: what the weights of every token of a
-    chunk answer to x [..., c, in] -> [..., c, out].
+    """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e, D = W - Z: what the weights of every
+    token of a chunk answer to x [..., c, in] -> [..., c, out].
 
-    D, Z, S [..., out, in]: what stood before the chunk (its distance from the start, the start, the momentum);
-    X [..., c, in], w, e [..., c, out]: inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand.
-    Z, S with f, b, and e with B may be None.
+    W, Z, S [..., out, in]: the weights before the chunk, the start, the momentum; X [..., c, in], w, e
+    [..., c, out]: inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand. Z, S with f, b, and e
+    with B may be None.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        drift: Tensor,
+        weight: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
         inputs: Tensor,
@@ -97,14 +99,8 @@ class Look(Function):
         written: Tensor,
         kept: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept)
-        answer = x @ drift.mT
-        if b is not None:
-            answer.mul_(b[..., None])
-        if start is not None:
-            _add(answer, x, start.mT)
-        if buffer is not None and f is not None:
-            answer.addcmul_(x @ buffer.mT, f[..., None])
+        ctx.save_for_backward(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
+        answer = _standing(_drift(weight, start), start, buffer, x, b, f)
         scores = x @ inputs.mT
         if erased is not None:
             _add(answer, scores * kept, erased, -1.0)
@@ -113,22 +109,11 @@ class Look(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
-        x, drift, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
-        d_start = d_buffer = d_erased = d_b = d_f = d_kept = None
-        d_x = g @ drift
-        if b is None:
-            d_drift = g.mT @ x
-        else:
-            d_b = _dots(d_x, x, b)
-            d_x = d_x * b[..., None]
-            d_drift = g.mT @ (x * b[..., None])
-        if start is not None:
-            d_x, d_start = _add(d_x, g, start), g.mT @ x
-        if buffer is not None:
-            along = g @ buffer
-            d_f = _dots(along, x, f)
-            d_x = torch.addcmul(d_x, along, f[..., None])
-            d_buffer = g.mT @ (x * f[..., None])
+        x, weight, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
+        d_erased = d_kept = None
+        d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
+            g, _drift(weight, start), start, buffer, x, b, f
+        )
         scores, across = _minus(x, inputs.mT), g @ writes.mT
         d_writes = (scores * written).mT @ g
         d_written = (across * scores).sum_to_size(written.shape)
@@ -139,92 +124,214 @@ class Look(Function):
             d_kept = (across * scores).sum_to_size(kept.shape)
             d_scores = torch.addcmul(d_scores, across, kept)
         d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
+        d_start = None if start is None else d_start - d_drift
         return d_x, d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
 
-class Solve(Function):
-    """r with (1 + X X^T * C) r = known: inputs X [..., c, in], C [..., c, c] strictly lower triangular, known
-    [..., c, out]."""
+class Write(Function):
+    """One chunk of writes to a linear map -> W after it, S after it, w, e: with the last two it can be read.
 
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, coefficients: Tensor, known: Tensor) -> Tensor:
-        system = (inputs @ inputs.mT).mul_(coefficients)
-        solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
-        ctx.save_for_backward(inputs, coefficients, solved)
-        return solved
+    With D = W - Z and K = X X^T, the stand b, f, G, B before each token's own step, and b', f', m, G', B', M at
+    the end of the chunk::
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        inputs, coefficients, solved = ctx.saved_tensors
-        scores = inputs @ inputs.mT
-        d_known = torch.linalg.solve_triangular((scores * coefficients).mT, g, upper=True, unitriangular=True)
-        d_system = _minus(d_known, solved.mT)
-        d_scores = d_system * coefficients
-        d_coefficients = (d_system * scores).sum_to_size(coefficients.shape)
-        return (d_scores + d_scores.mT) @ inputs, d_coefficients, d_known
+        known = b * (X D^T) + X Z^T + f * (X S^T) - (K * G) E
+        r with (1 + K * (B beta + slope G eta)) r = known                      W_{t-1} x_t, token by token
+        w = E + slope eta * r         e = beta * r
+        W' = b' D + Z + f' S - (G' * w + B' * e)^T X          S' = m S - (M * w)^T X
 
-
-class End(Function):
-    """W = b D + Z + f S - (G * w + B * e)^T X and S' = m S - (M * w)^T X, after a chunk's last token; b, f, m
-    [...], G, B, M [..., c], the rest as in Look. S with f, m and M, Z, b, and e with B may be None."""
+    W, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f, G', B',
+    M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number; eta goes with it.
+    Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope, r is not needed.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        drift: Tensor,
+        slope: float,
+        weight: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
-        inputs: Tensor,
-        writes: Tensor,
-        erased: Tensor | None,
+        x: Tensor,
+        fixed: Tensor,
+        eta: Tensor | None,
+        beta: Tensor | None,
         b: Tensor | None,
         f: Tensor | None,
-        m: Tensor | None,
         written: Tensor,
         kept: Tensor | None,
+        b_end: Tensor | None,
+        f_end: Tensor | None,
+        m_end: Tensor | None,
+        written_end: Tensor,
+        kept_end: Tensor | None,
         decayed: Tensor | None,
     ) -> Any:
-        ctx.save_for_backward(drift, start, buffer, inputs, writes, erased, b, f, m, written, kept, decayed)
-        weight = drift.clone() if b is None else drift * b[..., None, None]
+        drift = _drift(weight, start)
+        seen = erased = None
+        writes = fixed
+        if eta is not None or beta is not None:
+            known, scores = _standing(drift, start, buffer, x, b, f), x @ x.mT
+            _add(known, scores * written, fixed, -1.0)
+            system = scores.mul_(_system(slope, eta, beta, written, kept))
+            seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+        if eta is not None and seen is not None:
+            writes = torch.addcmul(fixed, seen, eta[..., None], value=slope)
+        change = writes * written_end[..., None]
+        if beta is not None and seen is not None and kept_end is not None:
+            erased = seen * beta[..., None]
+            change.addcmul_(erased, kept_end[..., None])
+        after = drift * (1.0 if b_end is None else b_end[..., None, None])
         if start is not None:
-            weight.add_(start)
-        if buffer is not None and f is not None:
-            weight.addcmul_(buffer, f[..., None, None])
-        _add(weight, _change(writes, written, erased, kept).mT, inputs, -1.0)
-        if buffer is None or m is None or decayed is None:
-            return weight, None
-        return weight, _add(buffer * m[..., None, None], (writes * decayed[..., None]).mT, inputs, -1.0)
+            after.add_(start)
+        after_buffer = None
+        if buffer is not None and f_end is not None and m_end is not None and decayed is not None:
+            after.addcmul_(buffer, f_end[..., None, None])
+            after_buffer = _add(buffer * m_end[..., None, None], (writes * decayed[..., None]).mT, x, -1.0)
+        _add(after, change.mT, x, -1.0)
+        ctx.slope = slope
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            *(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept),
+            *(b_end, f_end, m_end, written_end, kept_end, decayed, seen),
+        )
+        return after, after_buffer, fixed.view_as(fixed) if writes is fixed else writes, erased
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        g, g_buffer = grads
-        drift, start, buffer, inputs, writes, erased, b, f, m, written, kept, decayed = ctx.saved_tensors
-        d_buffer = d_erased = d_b = d_f = d_m = d_kept = d_decayed = None
-        across = _minus(inputs, g.mT)
-        d_drift = g
-        if b is not None:
-            d_b, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b.shape), g * b[..., None, None]
-        d_written = _dots(across, writes, written)
-        d_writes = across * written[..., None]
-        if erased is not None:
-            d_erased, d_kept = across * kept[..., None], _dots(across, erased, kept)
-        d_inputs = _minus(_change(writes, written, erased, kept), g)
+        g, g_buffer, d_writes, d_erased = grads
+        weight, start, buffer, x, fixed, eta, beta, b, f, written, kept, *ends, seen = ctx.saved_tensors
+        b_end, f_end, m_end, written_end, kept_end, decayed = ends
+        slope, drift = ctx.slope, _drift(weight, start)
+        g = torch.zeros_like(weight) if g is None else g
+        g_buffer = torch.zeros_like(weight) if g_buffer is None else g_buffer
+        d_buffer = d_eta = d_beta = d_b = d_f = d_written = d_kept = None
+        d_b_end = d_f_end = d_m_end = d_kept_end = d_decayed = None
+        if seen is not None and torch.is_grad_enabled():  # for second derivatives, as a function of what came in
+            known = _standing(drift, start, buffer, x, b, f) - (x @ x.mT * written) @ fixed
+            system = x @ x.mT * _system(slope, eta, beta, written, kept)
+            seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+        writes = fixed if eta is None else torch.addcmul(fixed, seen, eta[..., None], value=slope)
+
+        # through the end of the chunk
+        across = _minus(x, g.mT)
+        change = writes * written_end[..., None]
+        d_written_end = _dots(across, writes, written_end)
+        d_writes = _plus(d_writes, across, written_end)
+        if beta is not None:
+            erased = seen * beta[..., None]
+            change = torch.addcmul(change, erased, kept_end[..., None])
+            d_kept_end = _dots(across, erased, kept_end)
+            d_erased = _plus(d_erased, across, kept_end)
+        d_x, d_start, d_drift = _minus(change, g), g, g
+        if b_end is not None:
+            d_b_end, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b_end.shape), g * b_end[..., None, None]
         if buffer is not None:
-            d_f = (g * buffer).sum((-2, -1)).sum_to_size(f.shape)
-            d_m = (g_buffer * buffer).sum((-2, -1)).sum_to_size(m.shape)
-            d_buffer = torch.addcmul(g * f[..., None, None], g_buffer, m[..., None, None])
-            across = _minus(inputs, g_buffer.mT)
+            d_f_end = (g * buffer).sum((-2, -1)).sum_to_size(f_end.shape)
+            d_m_end = (g_buffer * buffer).sum((-2, -1)).sum_to_size(m_end.shape)
+            d_buffer = torch.addcmul(g * f_end[..., None, None], g_buffer, m_end[..., None, None])
+            across = _minus(x, g_buffer.mT)
             d_decayed = _dots(across, writes, decayed)
             d_writes = torch.addcmul(d_writes, across, decayed[..., None])
-            d_inputs = _add(d_inputs, writes * decayed[..., None], g_buffer, -1.0)
-        d_start = None if start is None else g
-        return d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_m, d_written, d_kept, d_decayed
+            d_x = _add(d_x, writes * decayed[..., None], g_buffer, -1.0)
+        d_fixed = d_writes
+
+        # through what the writes and the erases have read
+        if seen is not None:
+            d_seen = None
+            if eta is not None:
+                d_eta, d_seen = slope * _dots(d_writes, seen, eta), d_writes * (slope * eta[..., None])
+            if beta is not None:
+                d_beta, along = _dots(d_erased, seen, beta), d_erased * beta[..., None]
+                d_seen = along if d_seen is None else d_seen + along
+            scores, inner = x @ x.mT, _system(slope, eta, beta, written, kept)
+            d_known = torch.linalg.solve_triangular((scores * inner).mT, d_seen, upper=True, unitriangular=True)
+            d_inner, across = _minus(d_known, seen.mT), _minus(d_known, fixed.mT)
+            d_scores = torch.addcmul(d_inner * inner, across, written)
+            d_inner, d_written = d_inner * scores, across * scores
+            if eta is not None:
+                d_written = torch.addcmul(d_written, d_inner, eta[..., None, :], value=slope)
+                d_eta = d_eta + slope * (d_inner * written).sum(-2).sum_to_size(eta.shape)
+            if beta is not None:
+                d_kept = (d_inner * beta[..., None, :]).sum_to_size(kept.shape)
+                d_beta = d_beta + (d_inner * kept).sum(-2).sum_to_size(beta.shape)
+            d_written = d_written.sum_to_size(written.shape)
+            d_fixed = _add(d_fixed.clone(), (scores * written).mT, d_known, -1.0)
+            d_x = _add(d_x, d_scores + d_scores.mT, x)
+            d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
+                d_known, drift, start, buffer, x, b, f, (d_x, d_drift, d_start, d_buffer)
+            )
+        d_start = None if start is None else d_start - d_drift
+        return (
+            *(None, d_drift, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
+            *(d_b_end, d_f_end, d_m_end, d_written_end, d_kept_end, d_decayed),
+        )
 
 
-def _change(writes: Tensor, written: Tensor, erased: Tensor | None, kept: Tensor | None) -> Tensor:
-    change = writes * written[..., None]
-    return change if erased is None or kept is None else change.addcmul(erased, kept[..., None])
+def _plus(total: Tensor | None, x: Tensor, gate: Tensor) -> Tensor:
+    """total + gate * x, row by row."""
+    return x * gate[..., None] if total is None else torch.addcmul(total, x, gate[..., None])
+
+
+def _drift(weight: Tensor, start: Tensor | None) -> Tensor:
+    return weight if start is None else weight - start
+
+
+def _standing(
+    drift: Tensor, start: Tensor | None, buffer: Tensor | None, x: Tensor, b: Tensor | None, f: Tensor | None
+) -> Tensor:
+    """b * (x D^T) + x Z^T + f * (x S^T): the answer of what stood before the chunk."""
+    answer = x @ drift.mT
+    if b is not None:
+        answer = answer * b[..., None] if torch.is_grad_enabled() else answer.mul_(b[..., None])
+    if start is not None:
+        answer = _add(answer, x, start.mT)
+    if buffer is not None and f is not None:
+        along = x @ buffer.mT
+        answer = answer.addcmul(along, f[..., None]) if torch.is_grad_enabled() else answer.addcmul_(along, f[..., None])
+    return answer
+
+
+def _standing_backward(
+    g: Tensor,
+    drift: Tensor,
+    start: Tensor | None,
+    buffer: Tensor | None,
+    x: Tensor,
+    b: Tensor | None,
+    f: Tensor | None,
+    totals: tuple[Any, ...] = (None, None, None, None),
+) -> Any:
+    """Gradients of x, D, Z, S, b and f; the first four added to `totals`, of which the first may be used up."""
+    d_x, d_drift, d_start, d_buffer = totals
+    d_b = d_f = None
+
+    def add(total: Tensor | None, a: Tensor) -> Tensor:
+        return g.mT @ a if total is None else _add(total.clone(), g.mT, a)
+
+    if b is None:
+        d_drift, d_x = add(d_drift, x), g @ drift if d_x is None else _add(d_x, g, drift)
+    else:
+        along = g @ drift
+        d_b, d_drift = _dots(along, x, b), add(d_drift, x * b[..., None])
+        d_x = along * b[..., None] if d_x is None else d_x.addcmul(along, b[..., None])
+    if start is not None:
+        d_x, d_start = _add(d_x, g, start), add(d_start, x)
+    if buffer is not None and f is not None:
+        along = g @ buffer
+        d_f, d_buffer = _dots(along, x, f), add(d_buffer, x * f[..., None])
+        d_x = d_x.addcmul(along, f[..., None])
+    return d_x, d_drift, d_start, d_buffer, d_b, d_f
+
+
+def _system(
+    slope: float, eta: Tensor | None, beta: Tensor | None, written: Tensor, kept: Tensor | None
+) -> Tensor:
+    """B beta + slope G eta: what K is multiplied by in the system that the reads solve."""
+    if beta is None or kept is None:
+        assert eta is not None
+        return written * (slope * eta[..., None, :])
+    system = kept * beta[..., None, :]
+    return system if eta is None else torch.addcmul(system, written, eta[..., None, :], value=slope)
 
 
 class Unit(Function):

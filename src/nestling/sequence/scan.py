@@ -119,12 +119,11 @@ class Memory:
         elif queries is not None:
             before = self.read == "before"
             y = self.structure.forward(lambda i, x: chunks.read(maps[i], x, before=before), queries)[0]
-        ends = [chunks.end(chunk) for chunk in maps]
         rules = tuple(
-            self.rule.close(rule_state, ChunkEnd(buffer, norm.sum(-1)))
-            for rule_state, norm, (_, buffer) in zip(state.rule, norms, ends, strict=True)
+            self.rule.close(rule_state, ChunkEnd(chunk.buffer, norm.sum(-1)))
+            for rule_state, norm, chunk in zip(state.rule, norms, maps, strict=True)
         )
-        return y, MemoryState(state.anchor, tuple(weight for weight, _ in ends), rules)
+        return y, MemoryState(state.anchor, tuple(chunk.weight for chunk in maps), rules)
 
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
@@ -133,7 +132,8 @@ class Memory:
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = chunks.transfer(plan)
-            return [chunks.write_exact(plan, carry, state.running[0], pairs.keys, pairs.values, slope)], [norms]
+            errors = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+            return [chunks.write(plan, carry, state.running[0], pairs.keys, errors, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
@@ -141,7 +141,7 @@ class Memory:
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             plan, norms = self._plan(pairs, x, error, state.rule[i])
             carry = maps[0].carry if i and shared else chunks.transfer(plan)
-            maps.append(chunks.write_frozen(plan, carry, weight, x, error))
+            maps.append(chunks.write(plan, carry, weight, x, error))
             all_norms.append(norms)
         return maps, all_norms
 

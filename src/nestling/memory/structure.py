@@ -64,16 +64,35 @@ class Structure(Part, family=True):
 
 def plain(weights: Weights) -> Apply:
     """The same weights for every token."""
-    return lambda index, inputs: product(inputs, weights[index].mT)
+    return lambda index, inputs: _Linear.apply(inputs, weights[index])
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, where `a` may stand once (a dim of size one before its matrix) for the many of `b`: then the many
-    are taken as one wide matrix, and nothing is repeated."""
-    if a.dim() < 4 or b.dim() < 4 or a.shape[-3] == b.shape[-3]:
-        return a @ b
-    wide = a.squeeze(-3) @ b.transpose(-3, -2).flatten(-2)
-    return wide.unflatten(-1, (b.shape[-3], -1)).transpose(-3, -2).contiguous()
+class _Linear(torch.autograd.Function):
+    """x [..., n, in], W [..., out, in] -> x W^T. Inputs that stand once (a dim of size one before their matrix)
+    for many maps meet them as one wide map, and nothing is repeated. Its gradients lie in memory as x and W do,
+    where those of a transposed product do not, and everything after them is slower for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if not _stands_for_many(x, weight):
+            return x @ weight.mT
+        wide = x.squeeze(-3) @ weight.flatten(-3, -2).mT
+        return wide.unflatten(-1, (weight.shape[-3], -1)).transpose(-3, -2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        (g,) = grads
+        x, weight = ctx.saved_tensors
+        if not _stands_for_many(x, weight):
+            return g @ weight, g.mT @ x
+        g = g.transpose(-3, -2).flatten(-2)
+        d_x = (g @ weight.flatten(-3, -2)).unsqueeze(-3)
+        return d_x, (g.mT @ x.squeeze(-3)).unflatten(-2, weight.shape[-3:-1])
+
+
+def _stands_for_many(x: Tensor, weight: Tensor) -> bool:
+    return weight.dim() > 3 and x.shape[-3] == 1 and weight.shape[-3] > 1
 
 
 @dataclass(frozen=True, repr=False)

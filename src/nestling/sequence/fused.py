@@ -255,7 +255,7 @@ class Write(Function):
                 d_kept = (d_inner * beta[..., None, :]).sum_to_size(kept.shape)
                 d_beta = d_beta + (d_inner * kept).sum(-2).sum_to_size(beta.shape)
             d_written = d_written.sum_to_size(written.shape)
-            d_fixed = _add(d_fixed.clone(), (scores * written).mT, d_known, -1.0)
+            d_fixed = _add(d_fixed.clone(memory_format=torch.contiguous_format), (scores * written).mT, d_known, -1.0)
             d_x = _add(d_x, d_scores + d_scores.mT, x)
             d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
                 d_known, drift, start, buffer, x, b, f, (d_x, d_drift, d_start, d_buffer)
@@ -306,7 +306,7 @@ def _standing_backward(
     d_b = d_f = None
 
     def add(total: Tensor | None, a: Tensor) -> Tensor:
-        return g.mT @ a if total is None else _add(total.clone(), g.mT, a)
+        return g.mT @ a if total is None else _add(total.clone(memory_format=torch.contiguous_format), g.mT, a)
 
     if b is None:
         d_drift, d_x = add(d_drift, x), g @ drift if d_x is None else _add(d_x, g, drift)

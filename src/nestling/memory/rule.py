@@ -313,12 +313,12 @@ class clip(_wrapper):
         if norms.error is None:
             raise ValueError(f"{self} has no chunked form with gradient_at='token'; use way='recurrent'")
         factor = self._factor(norms.error)
-        plan = self.of.plan(gates, norms._replace(error=norms.error * factor.square()), state, exact)
+        plan = self.of.plan(gates, norms._replace(error=norms.error.clamp(max=self.bound**2)), state, exact)
         return plan._replace(write=plan.write * factor)
 
     def _factor(self, squared: Tensor) -> Tensor:
         # max(1, |e| / bound) by way of its square: the root has no gradient at an error of zero
-        return (squared / self.bound**2).clamp(min=1.0).rsqrt()
+        return squared.clamp(min=self.bound**2).rsqrt() * self.bound
 
 
 class NormalizeState(NamedTuple):

@@ -12,7 +12,8 @@ token's own weights, its error, depend on earlier tokens of the chunk linearly: 
 (spec: memory 2.2 and 5.1.) Oracle: `memory.naive`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,22 +34,42 @@ class Stand(NamedTuple):
 
 class Transfer(NamedTuple):
     """How far each token's write and erase carry to each token of the chunk, as each stands after its own step
-    (`after`) and before it (`before`). From the gates alone: shared by all maps of a memory."""
+    (`after`) and before it (`before`), and to the end. From the gates alone: shared by all maps of a memory."""
 
     after: Stand
     before: Stand
+    last: Stand  # `after` its last token: [..., c] of each write and erase, [...] of what stood before the chunk
     decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
     start_decayed: Tensor | None  # m_c [...]
+
+    def map(self, function: Callable[[Tensor], Any]) -> "Transfer":
+        """The same with every tensor mapped, once each."""
+        done: dict[int, Any] = {}
+
+        def mapped(part: Any) -> Any:
+            if isinstance(part, Stand):
+                return Stand(*map(mapped, part))
+            if part is not None and id(part) not in done:
+                done[id(part)] = function(part)
+            return done.get(id(part))
+
+        return Transfer(*map(mapped, self))
+
+    def unbind(self) -> list["Transfer"]:
+        """The transfers of chunks that were computed side by side along the first dim."""
+        pieces = self.map(lambda x: x.unbind(0))
+        chunks = len(pieces.after.kept)
+        return [pieces.map(lambda x: x[index]) for index in range(chunks)]  # noqa: B023
 
 
 def transfer(plan: Plan) -> Transfer:
     """The matrices that retention, momentum and read-out make of a chunk; [..., c] -> [..., c, c]."""
-    c = plan.write.shape[-1]
+    *leading, c = plan.write.shape
     start_kept = start_read = decayed = start_decayed = None
     if plan.log_keep is not None:
         kept, start_kept = Decay.apply(plan.log_keep)
     else:
-        kept = plan.write.new_ones(c, c).tril()
+        kept = plan.write.new_ones(c, c).tril().expand(*leading, c, c)
     written = kept
     if plan.momentum is not None:
         products, first = Decay.apply(plan.momentum.clamp(min=torch.finfo(plan.momentum.dtype).tiny).log())
@@ -57,7 +78,14 @@ def transfer(plan: Plan) -> Transfer:
             products, first = plan.read_out[..., None] * products, plan.read_out * first
         written, start_read = kept @ products, (kept @ first[..., None])[..., 0]
     after = Stand(kept, written, start_kept, start_read)
-    return Transfer(after, _earlier(after), decayed, start_decayed)
+    end = kept[..., -1, :]
+    last = Stand(
+        end,
+        end if written is kept else written[..., -1, :],
+        None if start_kept is None else start_kept[..., -1],
+        None if start_read is None else start_read[..., -1],
+    )
+    return Transfer(after, _earlier(after), last, decayed, start_decayed)
 
 
 def _earlier(after: Stand) -> Stand:
@@ -120,7 +148,7 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
     """A chunk of writes with errors [..., c, out] taken at the chunk's anchor; or, with a slope, with errors
     slope * W_{t-1} x_t + `errors`, at every token's own weights."""
     before = Before.of(weight, plan, inputs)
-    stand, last = carry.before, carry.after
+    stand, last = carry.before, carry.last
     erases = plan.erase is not None
     after, buffer, writes, erased = Write.apply(
         slope,
@@ -130,18 +158,10 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
         plan.write if slope else None,
         plan.erase,
         *(stand.start_kept, stand.start_read, stand.written, stand.kept if erases else None),
-        _last(last.start_kept, ()),
-        _last(last.start_read, ()),
-        carry.start_decayed,
-        _last(last.written, (slice(None),)),
-        _last(last.kept, (slice(None),)) if erases else None,
-        carry.decayed,
+        *(last.start_kept, last.start_read, carry.start_decayed),
+        *(last.written, last.kept if erases else None, carry.decayed),
     )
     return MapChunk(before, before.maps(after), before.maps(buffer), inputs, writes, erased, carry)  # type: ignore[arg-type]
-
-
-def _last(x: Tensor | None, rest: tuple[slice, ...]) -> Tensor | None:
-    return None if x is None else x[(..., -1, *rest)]
 
 
 def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:

@@ -99,13 +99,15 @@ class SequenceMemory(MixerModule):
             mixed = F.silu(mixed.to(self.start[0].dtype))
             queries, keys, values = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
             queries, keys = unit(queries), unit(keys)
-            gates = [layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype))]
+            cut = (layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype)))
+            gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
+            whole = layout.valid is None  # without empty slots, the transfers of all pieces at once
+            carry = self.memory.transfers(state, gates) if whole else [None] * len(gates)
             k, v, q = (layout.cut(part, -2) for part in (keys, values, queries))
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 opened = self.memory.open(states[0], piece.opens[0])
-                here = Gates(*(gate[index] for gate in gates))
-                pairs = Writes(k[index], v[index], here, layout.present(piece))
+                pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
                 y, after = self.memory.run(opened, pairs, q[index])
                 return y, (after,)
 

@@ -131,7 +131,7 @@ class Memory:
             plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0])
             slope = self.attentional_bias.slope
             assert slope is not None
-            carry = chunks.transfer(plan)
+            carry = self._carry(pairs, plan)
             errors = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
             return [chunks.write(plan, carry, state.running[0], pairs.keys, errors, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
@@ -140,10 +140,30 @@ class Memory:
         all_norms = []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             plan, norms = self._plan(pairs, x, error, state.rule[i])
-            carry = maps[0].carry if i and shared else chunks.transfer(plan)
+            carry = maps[0].carry if i and shared else self._carry(pairs, plan)
             maps.append(chunks.write(plan, carry, weight, x, error))
             all_norms.append(norms)
         return maps, all_norms
+
+    def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
+        """The transfers of pieces whose gates [b, h, c] are known, those of one length at once. None where they
+        take more than the gates."""
+        if self.way == "recurrent" or self.rule.scales_buffer:
+            return [None] * len(gates)
+        found: dict[int, chunks.Transfer] = {}
+        lengths = [piece.momentum.shape[-1] for piece in gates]  # type: ignore[union-attr]
+        for length in set(lengths):
+            members = [index for index, own in enumerate(lengths) if own == length]
+            stacked = Gates(*(torch.stack(parts) for parts in zip(*(gates[i] for i in members), strict=True)))  # type: ignore[arg-type]
+            nothing = torch.zeros_like(stacked.step_size)  # type: ignore[arg-type]
+            plan = self.rule.plan(stacked, Norms(nothing, nothing), state.rule[0], self.exact)
+            found.update(zip(members, chunks.transfer(plan).unbind(), strict=True))
+        return [found[index] for index in range(len(gates))]
+
+    def _carry(self, pairs: "Writes", plan: Plan) -> chunks.Transfer:
+        if pairs.carry is None:
+            return chunks.transfer(plan)
+        return pairs.carry.map(lambda x: x.unsqueeze(2)) if isinstance(self.structure, together) else pairs.carry
 
     def _errors(self, weights: Weights, pairs: "Writes") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Inputs of every linear map and errors at its output, with the given weights for all tokens."""
@@ -212,7 +232,7 @@ class Writes(NamedTuple):
 
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
     (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened.
+    on which the chunk opened. carry: what `Memory.transfers` makes of the gates, where it is known.
     """
 
     keys: Tensor
@@ -220,6 +240,7 @@ class Writes(NamedTuple):
     gates: Gates
     valid: Tensor | None = None
     own_targets: bool = False
+    carry: chunks.Transfer | None = None
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""

@@ -139,7 +139,8 @@ class SelfModifying(MixerModule):
                 generating, known = (m.open(*pair) for m, pair in zip(self.memories, zip(states, piece.opens)))
                 k, v, gates, near = self.project(generating, u[index], kept[index])
                 bounded.append((piece, near if present is None else near & present[:, None]))
-                pairs = Writes(k, v, gates, present, own_targets=True)
+                carry = main.transfers(known, [gates])[0] if present is None else None
+                pairs = Writes(k, v, gates, present, True, carry)
                 y, known = main.run(known, pairs, queries[index])
                 return y, (generators.run(generating, pairs)[1], known)
 

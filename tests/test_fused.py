@@ -46,17 +46,16 @@ def check(function, plain, given: tuple[Tensor | None, ...]) -> None:
     assert gradgradcheck(called, tensors, fast_mode=True)
 
 
-def standing(weight, start, buffer, x, b, f):
-    drift = weight if start is None else weight - start
+def standing(drift, start, buffer, x, b, f):
     answer = x @ drift.mT * (1.0 if b is None else b[..., None])
     if start is not None:
         answer = answer + x @ start.mT
     return answer if buffer is None else answer + x @ buffer.mT * f[..., None]
 
 
-def look(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept):
+def look(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept):
     scores = x @ inputs.mT
-    answer = standing(weight, start, buffer, x, b, f) - (scores * written) @ writes
+    answer = standing(drift, start, buffer, x, b, f) - (scores * written) @ writes
     return answer if erased is None else answer - (scores * kept) @ erased
 
 
@@ -86,7 +85,7 @@ def test_look(draw, several, momentum, start, erase, retention):
 SLOPE = 0.7
 
 
-def write(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept, b_end, f_end, m_end, *ends):
+def write(drift, start, buffer, x, fixed, eta, beta, b, f, written, kept, b_end, f_end, m_end, *ends):
     written_end, kept_end, decayed = ends
     scores = x @ x.mT
     writes, erased, system = fixed, None, torch.eye(TOKENS, dtype=torch.float64)
@@ -94,10 +93,9 @@ def write(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept, b_end
         system = system + scores * written * (SLOPE * eta[..., None, :])
     if beta is not None:
         system = system + scores * kept * beta[..., None, :]
-    seen = torch.linalg.inv(system) @ (standing(weight, start, buffer, x, b, f) - (scores * written) @ fixed)
+    seen = torch.linalg.inv(system) @ (standing(drift, start, buffer, x, b, f) - (scores * written) @ fixed)
     if eta is not None:
         writes = writes + SLOPE * eta[..., None] * seen
-    drift = weight if start is None else weight - start
     after = drift * (1.0 if b_end is None else b_end[..., None, None]) - (writes * written_end[..., None]).mT @ x
     if start is not None:
         after = after + start

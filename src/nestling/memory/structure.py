@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        (g,) = grads
+        g = grads[0].contiguous()
         x, weight = ctx.saved_tensors
         if not _stands_for_many(x, weight):
             return g @ weight, g.mT @ x

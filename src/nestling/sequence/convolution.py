@@ -16,24 +16,26 @@ class Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = _shift(x, 0, weight) * weight[:, 0]
-        for shift in range(1, weight.shape[1]):
-            y.addcmul_(_shift(x, shift, weight), weight[:, shift])
+        taps = weight.t().contiguous()
+        y = _shift(x, 0, taps) * taps[0]
+        for shift in range(1, len(taps)):
+            y.addcmul_(_shift(x, shift, taps), taps[shift])
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         (g,) = grads
-        d_x, d_weight = g.new_zeros(x.shape), []
-        for shift in range(weight.shape[1]):
-            _shift(d_x, shift, weight).addcmul_(g, weight[:, shift])
-            d_weight.append((g * _shift(x, shift, weight)).sum((0, 1)))
-        return d_x, torch.stack(d_weight, -1)
+        taps = weight.t().contiguous()
+        d_x, d_taps = g.new_zeros(x.shape), []
+        for shift in range(len(taps)):
+            _shift(d_x, shift, taps).addcmul_(g, taps[shift])
+            d_taps.append((g * _shift(x, shift, taps)).sum((0, 1)))
+        return d_x, torch.stack(d_taps, -1)
 
 
-def _shift(x: Tensor, shift: int, weight: Tensor) -> Tensor:
-    return x[:, shift : shift + x.shape[1] - weight.shape[1] + 1]
+def _shift(x: Tensor, shift: int, taps: Tensor) -> Tensor:
+    return x[:, shift : shift + x.shape[1] - len(taps) + 1]
 
 
 class ShortConvolution(nn.Module):

@@ -18,14 +18,9 @@ Grads = tuple[Tensor | None, ...]
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """total + alpha a @ b; `total` is used up."""
+    """total + alpha a @ b."""
     flat = (x.reshape(-1, *x.shape[-2:]) for x in (total, a, b))
-    return torch.baddbmm(*flat, alpha=alpha).view_as(total) if torch.is_grad_enabled() else _add_(*flat, alpha, total)
-
-
-def _add_(flat: Tensor, a: Tensor, b: Tensor, alpha: float, total: Tensor) -> Tensor:
-    flat.baddbmm_(a, b, alpha=alpha)
-    return total
+    return torch.baddbmm(*flat, alpha=alpha).view(total.shape)
 
 
 def _minus(a: Tensor, b: Tensor) -> Tensor:
@@ -76,10 +71,10 @@ LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
 
 class Look(Function):
-    """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e, D = W - Z: what the weights of every
-    token of a chunk answer to x [..., c, in] -> [..., c, out].
+    """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e: what the weights of every token of a
+    chunk answer to x [..., c, in] -> [..., c, out].
 
-    W, Z, S [..., out, in]: the weights before the chunk, the start, the momentum; X [..., c, in], w, e
+    D, Z, S [..., out, in]: the weights before the chunk (less the start), the start, the momentum; X [..., c, in], w, e
     [..., c, out]: inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand. Z, S with f, b, and e
     with B may be None.
     """
@@ -88,7 +83,7 @@ class Look(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        drift: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
         inputs: Tensor,
@@ -99,20 +94,20 @@ class Look(Function):
         written: Tensor,
         kept: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
-        answer = _standing(_drift(weight, start), start, buffer, x, b, f)
+        ctx.save_for_backward(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept)
+        answer = _standing(drift, start, buffer, x, b, f)
         scores = x @ inputs.mT
         if erased is not None:
-            _add(answer, scores * kept, erased, -1.0)
+            answer = _add(answer, scores * kept, erased, -1.0)
         return _add(answer, scores.mul_(written), writes, -1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        x, weight, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
+        g = grads[0].contiguous()  # else every product would copy it
+        x, drift, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
         d_erased = d_kept = None
         d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
-            g, _drift(weight, start), start, buffer, x, b, f
+            g, drift, start, buffer, x, b, f
         )
         scores, across = _minus(x, inputs.mT), g @ writes.mT
         d_writes = (scores * written).mT @ g
@@ -124,14 +119,13 @@ class Look(Function):
             d_kept = (across * scores).sum_to_size(kept.shape)
             d_scores = torch.addcmul(d_scores, across, kept)
         d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
-        d_start = None if start is None else d_start - d_drift
         return d_x, d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
 
 class Write(Function):
     """One chunk of writes to a linear map -> W after it, S after it, w, e: with the last two it can be read.
 
-    With D = W - Z and K = X X^T, the stand b, f, G, B before each token's own step, and b', f', m, G', B', M at
+    With K = X X^T, the stand b, f, G, B before each token's own step, and b', f', m, G', B', M at
     the end of the chunk::
 
         known = b * (X D^T) + X Z^T + f * (X S^T) - (K * G) E
@@ -139,7 +133,7 @@ class Write(Function):
         w = E + slope eta * r         e = beta * r
         W' = b' D + Z + f' S - (G' * w + B' * e)^T X          S' = m S - (M * w)^T X
 
-    W, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f, G', B',
+    D = W - Z, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f, G', B',
     M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number; eta goes with it.
     Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope, r is not needed.
     """
@@ -148,7 +142,7 @@ class Write(Function):
     def forward(
         ctx: Any,
         slope: float,
-        weight: Tensor,
+        drift: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
         x: Tensor,
@@ -166,12 +160,11 @@ class Write(Function):
         kept_end: Tensor | None,
         decayed: Tensor | None,
     ) -> Any:
-        drift = _drift(weight, start)
         seen = erased = None
         writes = fixed
         if eta is not None or beta is not None:
             known, scores = _standing(drift, start, buffer, x, b, f), x @ x.mT
-            _add(known, scores * written, fixed, -1.0)
+            known = _add(known, scores * written, fixed, -1.0)
             system = scores.mul_(_system(slope, eta, beta, written, kept))
             seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
         if eta is not None and seen is not None:
@@ -187,11 +180,11 @@ class Write(Function):
         if buffer is not None and f_end is not None and m_end is not None and decayed is not None:
             after.addcmul_(buffer, f_end[..., None, None])
             after_buffer = _add(buffer * m_end[..., None, None], (writes * decayed[..., None]).mT, x, -1.0)
-        _add(after, change.mT, x, -1.0)
+        after = _add(after, change.mT, x, -1.0)
         ctx.slope = slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept),
+            *(drift, start, buffer, x, fixed, eta, beta, b, f, written, kept),
             *(b_end, f_end, m_end, written_end, kept_end, decayed, seen),
         )
         return after, after_buffer, fixed.view_as(fixed) if writes is fixed else writes, erased
@@ -199,11 +192,11 @@ class Write(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g, g_buffer, d_writes, d_erased = grads
-        weight, start, buffer, x, fixed, eta, beta, b, f, written, kept, *ends, seen = ctx.saved_tensors
+        drift, start, buffer, x, fixed, eta, beta, b, f, written, kept, *ends, seen = ctx.saved_tensors
         b_end, f_end, m_end, written_end, kept_end, decayed = ends
-        slope, drift = ctx.slope, _drift(weight, start)
-        g = torch.zeros_like(weight) if g is None else g
-        g_buffer = torch.zeros_like(weight) if g_buffer is None else g_buffer
+        slope = ctx.slope
+        g = torch.zeros_like(drift) if g is None else g.contiguous()
+        g_buffer = torch.zeros_like(drift) if g_buffer is None else g_buffer
         d_buffer = d_eta = d_beta = d_b = d_f = d_written = d_kept = None
         d_b_end = d_f_end = d_m_end = d_kept_end = d_decayed = None
         if seen is not None and torch.is_grad_enabled():  # for second derivatives, as a function of what came in
@@ -222,7 +215,7 @@ class Write(Function):
             change = torch.addcmul(change, erased, kept_end[..., None])
             d_kept_end = _dots(across, erased, kept_end)
             d_erased = _plus(d_erased, across, kept_end)
-        d_x, d_start, d_drift = _minus(change, g), g, g
+        d_x, d_start, d_drift = _minus(change, g), None if start is None else g, g
         if b_end is not None:
             d_b_end, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b_end.shape), g * b_end[..., None, None]
         if buffer is not None:
@@ -255,12 +248,11 @@ class Write(Function):
                 d_kept = (d_inner * beta[..., None, :]).sum_to_size(kept.shape)
                 d_beta = d_beta + (d_inner * kept).sum(-2).sum_to_size(beta.shape)
             d_written = d_written.sum_to_size(written.shape)
-            d_fixed = _add(d_fixed.clone(memory_format=torch.contiguous_format), (scores * written).mT, d_known, -1.0)
+            d_fixed = _add(d_fixed, (scores * written).mT, d_known, -1.0)
             d_x = _add(d_x, d_scores + d_scores.mT, x)
             d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
                 d_known, drift, start, buffer, x, b, f, (d_x, d_drift, d_start, d_buffer)
             )
-        d_start = None if start is None else d_start - d_drift
         return (
             *(None, d_drift, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
             *(d_b_end, d_f_end, d_m_end, d_written_end, d_kept_end, d_decayed),
@@ -270,10 +262,6 @@ class Write(Function):
 def _plus(total: Tensor | None, x: Tensor, gate: Tensor) -> Tensor:
     """total + gate * x, row by row."""
     return x * gate[..., None] if total is None else torch.addcmul(total, x, gate[..., None])
-
-
-def _drift(weight: Tensor, start: Tensor | None) -> Tensor:
-    return weight if start is None else weight - start
 
 
 def _standing(
@@ -301,12 +289,12 @@ def _standing_backward(
     f: Tensor | None,
     totals: tuple[Any, ...] = (None, None, None, None),
 ) -> Any:
-    """Gradients of x, D, Z, S, b and f; the first four added to `totals`, of which the first may be used up."""
+    """Gradients of x, D, Z, S, b and f; the first four added to `totals`."""
     d_x, d_drift, d_start, d_buffer = totals
     d_b = d_f = None
 
     def add(total: Tensor | None, a: Tensor) -> Tensor:
-        return g.mT @ a if total is None else _add(total.clone(memory_format=torch.contiguous_format), g.mT, a)
+        return g.mT @ a if total is None else _add(total, g.mT, a)
 
     if b is None:
         d_drift, d_x = add(d_drift, x), g @ drift if d_x is None else _add(d_x, g, drift)

@@ -52,8 +52,8 @@ class Decay(Function):
         above = torch.ones(c, c, dtype=torch.bool, device=log_gates.device).triu(1)
         between = (total[..., :, None] - total[..., None, :]).to(dtype).masked_fill_(above, -torch.inf)
         least = torch.finfo(dtype).eps ** 2
-        products = F.threshold_(between.exp_(), least, 0.0)
-        first = F.threshold_(total.to(dtype).exp_(), least, 0.0)
+        products = F.threshold(between.exp_(), least, 0.0, inplace=True)
+        first = F.threshold(total.to(dtype).exp_(), least, 0.0, inplace=True)
         ctx.save_for_backward(log_gates, products, first)
         return products, first
 
@@ -97,7 +97,7 @@ class Look(Function):
         ctx.save_for_backward(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept)
         answer = _standing(drift, start, buffer, x, b, f)
         scores = x @ inputs.mT
-        if erased is not None:
+        if erased is not None and kept is not None:
             answer = _add(answer, scores * kept, erased, -1.0)
         return _add(answer, scores.mul_(written), writes, -1.0)
 
@@ -106,9 +106,7 @@ class Look(Function):
         g = grads[0].contiguous()  # else every product would copy it
         x, drift, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
         d_erased = d_kept = None
-        d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
-            g, drift, start, buffer, x, b, f
-        )
+        d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(g, drift, start, buffer, x, b, f)
         scores, across = _minus(x, inputs.mT), g @ writes.mT
         d_writes = (scores * written).mT @ g
         d_written = (across * scores).sum_to_size(written.shape)
@@ -133,9 +131,9 @@ class Write(Function):
         w = E + slope eta * r         e = beta * r
         W' = b' D + Z + f' S - (G' * w + B' * e)^T X          S' = m S - (M * w)^T X
 
-    D = W - Z, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f, G', B',
-    M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number; eta goes with it.
-    Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope, r is not needed.
+    D = W - Z, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f,
+    G', B', M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number;
+    eta goes with it. Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope, r is not needed.
     """
 
     @staticmethod
@@ -275,7 +273,9 @@ def _standing(
         answer = _add(answer, x, start.mT)
     if buffer is not None and f is not None:
         along = x @ buffer.mT
-        answer = answer.addcmul(along, f[..., None]) if torch.is_grad_enabled() else answer.addcmul_(along, f[..., None])
+        answer = (
+            answer.addcmul(along, f[..., None]) if torch.is_grad_enabled() else answer.addcmul_(along, f[..., None])
+        )
     return answer
 
 
@@ -311,9 +311,7 @@ def _standing_backward(
     return d_x, d_drift, d_start, d_buffer, d_b, d_f
 
 
-def _system(
-    slope: float, eta: Tensor | None, beta: Tensor | None, written: Tensor, kept: Tensor | None
-) -> Tensor:
+def _system(slope: float, eta: Tensor | None, beta: Tensor | None, written: Tensor, kept: Tensor | None) -> Tensor:
     """B beta + slope G eta: what K is multiplied by in the system that the reads solve."""
     if beta is None or kept is None:
         assert eta is not None

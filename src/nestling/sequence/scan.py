@@ -132,8 +132,8 @@ class Memory:
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = self._carry(pairs, plan)
-            errors = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
-            return [chunks.write(plan, carry, state.running[0], pairs.keys, errors, slope)], [norms]
+            fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+            return [chunks.write(plan, carry, state.running[0], pairs.keys, fixed, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
@@ -154,7 +154,8 @@ class Memory:
         lengths = [piece.momentum.shape[-1] for piece in gates]  # type: ignore[union-attr]
         for length in set(lengths):
             members = [index for index, own in enumerate(lengths) if own == length]
-            stacked = Gates(*(torch.stack(parts) for parts in zip(*(gates[i] for i in members), strict=True)))  # type: ignore[arg-type]
+            side_by_side = zip(*(gates[index] for index in members), strict=True)
+            stacked = Gates(*(torch.stack(parts) for parts in side_by_side))
             nothing = torch.zeros_like(stacked.step_size)  # type: ignore[arg-type]
             plan = self.rule.plan(stacked, Norms(nothing, nothing), state.rule[0], self.exact)
             found.update(zip(members, chunks.transfer(plan).unbind(), strict=True))

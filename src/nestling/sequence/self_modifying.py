@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Structure, matrix, mlp, together
+from nestling.memory.structure import Structure, Weights, matrix, mlp, together
 
 from .convolution import ShortConvolution
 from .fused import unit
@@ -40,8 +40,9 @@ class self_modifying(Memory, Mixer):
 
 
 class SelfModifyingState(NamedTuple):
-    """phase: tokens since the larger chunk opened [b]; memories: generators (of k, v, step size and retention, one beside the other) and main; bounded: how many
-    step sizes came within 1% of their bound, since the document's start [b]."""
+    """phase: tokens since the larger chunk opened [b]; memories: generators (of k, v, step size and retention,
+    side by side) and main; bounded: how many step sizes came within 1% of their bound, since the document's
+    start [b]."""
 
     phase: Tensor
     tail: Tensor
@@ -98,9 +99,9 @@ class SelfModifying(MixerModule):
         self.step_bound = step_bound(max(expression.chunk, expression.projection_chunk), head_dim)
 
     def init_state(self, batch: int) -> SelfModifyingState:
-        *generators, main = (tuple(start) for start in self.starts)  # type: ignore[arg-type]
+        members: list[Weights] = [tuple(start) for start in self.starts]  # type: ignore[arg-type]
         assert isinstance(self.memories[0].structure, together)
-        starts = (self.memories[0].structure.join(generators), main)
+        starts = (self.memories[0].structure.join(members[:4]), members[4])
         states = [
             memory.begin(tuple(weight.expand(batch, *weight.shape).contiguous() for weight in start))
             for memory, start in zip(self.memories, starts, strict=True)
@@ -136,7 +137,8 @@ class SelfModifying(MixerModule):
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 present = layout.present(piece)
                 generators, main = self.memories
-                generating, known = (m.open(*pair) for m, pair in zip(self.memories, zip(states, piece.opens)))
+                generating = generators.open(states[0], piece.opens[0])
+                known = main.open(states[1], piece.opens[1])
                 k, v, gates, near = self.project(generating, u[index], kept[index])
                 bounded.append((piece, near if present is None else near & present[:, None]))
                 carry = main.transfers(known, [gates])[0] if present is None else None

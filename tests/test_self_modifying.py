@@ -34,6 +34,10 @@ CASES = [
         {"delta": False, "dampened": False, "clip": math.inf, "normalized": True, "decay_to": "zero"},
     ),
     (self_modifying(chunk=8, projection_chunk=4, way="recurrent"), {}),
+    (self_modifying(chunk=8, projection_chunk=4, generators=("query", "key", "value", "step_size", "retention")), {}),
+    (self_modifying(chunk=8, projection_chunk=4, generators=("value", "query", "retention"), step_bound=0.5), {}),
+    (self_modifying(matrix(), chunk=8, projection_chunk=8, generators=("step_size",)), {"residual": False}),
+    (self_modifying(chunk=4, projection_chunk=8, generators=("key",)), {}),
 ]
 
 
@@ -57,21 +61,27 @@ def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
     choices = Choices(**{"residual": True, "decay_to": "start", "delta": True, "clip": 1.0, "dampened": True} | changes)
     mixed = F.pad(layer.mix(x), (0, 0, 3, 0))
     mixed = F.silu(sum(mixed[:, shift : shift + LENGTH] * layer.convolution.weight[:, shift] for shift in range(4)))
-    both = mixed.view(LENGTH, 2, HEADS, DIM // HEADS)
-    u, queries = (both / both.norm(dim=-1, keepdim=True)).unbind(1)
-    kept = layer.momentum(x)[0].sigmoid()
+    streams = mixed.view(LENGTH, -1, HEADS, DIM // HEADS)
+    streams = dict(zip(("u", *layer.projected), (streams / streams.norm(dim=-1, keepdim=True)).unbind(1), strict=True))
+    gates = [name for name in ("step_size", "retention") if name not in layer.generated]
+    raw = dict(zip(("momentum", *gates), layer.gates(x)[0].view(LENGTH, -1, HEADS).unbind(1), strict=True))
+    kept = raw.pop("momentum").sigmoid()
+    u, projected = streams.pop("u"), streams | raw
+    queries = projected.pop("query", u)
+    starts = dict(zip((*layer.generated, "main"), layer.starts, strict=True))
     heads = [
         naive_self_modifying(
             u[:, head],
             queries[:, head],
             kept[:, head],
-            tuple(tuple(weight[head] for weight in start) for start in layer.starts),
+            {name: tuple(weight[head] for weight in start) for name, start in starts.items()},
             layer.gate_bias[head],
             layer.value_scale[head],
             layer.step_bound,
             layer.expression.chunk,
             layer.expression.projection_chunk,
             choices,
+            {name: values[:, head] for name, values in projected.items()},
         )
         for head in range(HEADS)
     ]
@@ -80,20 +90,23 @@ def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
     joined = normed.reshape(1, LENGTH, DIM) * layer.output.norm * F.silu(layer.output.gate(x))
     weights = [
         [torch.stack(maps)[None] for maps in zip(*of, strict=True)]
-        for of in zip(*(h.weights for h in heads), strict=True)
+        for of in zip(*(h.weights.values() for h in heads), strict=True)
     ]
     step_sizes = torch.stack([head.step_sizes for head in heads]) / layer.step_bound
     return Expected(layer.output.project(joined), weights, step_sizes)
 
 
 def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
-    """The final weights of the five memories, map by map; narrow answers without their padding."""
+    """The final weights of every memory, map by map; narrow answers without their padding."""
     generators, main = (at.running for at in state.memories)
-    found = [[weight[:, :, member] for weight in generators] for member in range(4)] + [list(main)]
-    for gate in (2, 3):
-        assert not found[gate][-1][:, :, 1:].any(), "the padding of a narrow answer stays zero"
-        found[gate][-1] = found[gate][-1][:, :, :1]
-    return found
+    found = []
+    for member, name in enumerate(layer.generated):
+        maps = [weight[:, :, member] for weight in generators]
+        if name in ("step_size", "retention"):
+            assert not maps[-1][:, :, 1:].any(), "the padding of a narrow answer stays zero"
+            maps[-1] = maps[-1][:, :, :1]
+        found.append(maps)
+    return [*found, list(main)]
 
 
 def assert_near(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-10) -> None:
@@ -172,6 +185,10 @@ def test_at_its_bound_the_step_does_not_diverge():
         (lambda: self_modifying(matrix(), gradient_at="token"), "self_modifying needs gradient_at='chunk'"),
         (lambda: self_modifying(chunk=16, projection_chunk=24), "chunk 16 and projection_chunk 24: one must divide"),
         (lambda: self_modifying(projection_chunk=0), "projection_chunk 0"),
+        (lambda: self_modifying(generators=()), "at least one of"),
+        (lambda: self_modifying(generators=("key", "key")), "each once"),
+        (lambda: self_modifying(generators=("keys",)), r"generators must name.*'keys'"),
+        (lambda: self_modifying(step_bound=0.0), "step_bound must be > 0, got 0.0"),
         (lambda: self_modifying(together(matrix(), (True,))).build(8, 2), r"matrix\(\) and mlp\(\).*not together"),
         (lambda: self_modifying().build(8, 3), "dim 8 is not a multiple of heads 3"),
     ],

@@ -42,9 +42,9 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     the output, and of a number one of some other values. The expression is made small first: widths, chunks,
     periods, bounds. A variant has the base's parameters where their names and shapes agree, else it is built anew.
     Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way`,
-    `chunk` where gradients are taken at every token, and options whose path is in `neutral`. Options without
-    another legal value, and those that a level's rule does not use, are named in `detail` and not judged.
-    Measured: how many options break this.
+    `checkpoint`, `chunk` where gradients are taken at every token, and options whose path is in `neutral`.
+    Options without another legal value, and those that a level's rule does not use, are named in `detail` and not
+    judged. Measured: how many options break this.
     """
     expression = model.config if isinstance(model, Decoder) else model
     if not isinstance(expression, Mixer | ModelConfig):
@@ -104,7 +104,7 @@ def variants(part: Any, path: str = "") -> Iterator[Variant]:
         name, value = field.name, getattr(part, field.name)
         if name in unused:
             continue
-        neutral = name == "way" or (name == "chunk" and getattr(part, "exact", False))
+        neutral = name in ("way", "checkpoint") or (name == "chunk" and getattr(part, "exact", False))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         for other in _others(kinds[name], value):
             yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral))
@@ -173,7 +173,7 @@ def _paths(part: Any, path: str = "") -> Iterator[str]:
         if isinstance(value, Part):
             yield from _paths(value, f"{path}{field.name}.")
         for index, item in enumerate(value if isinstance(value, tuple) else ()):
-            if not _twin(item, value[:index]):
+            if isinstance(item, Part) and not _twin(item, value[:index]):
                 yield from _paths(item, f"{path}{field.name}[{index}].")
 
 

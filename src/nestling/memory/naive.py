@@ -99,10 +99,10 @@ def naive_memory(
 
 
 class NaiveSelfModifying(NamedTuple):
-    """What a self-modifying run leaves: reads [t, v], the weights of the five memories, and the tokens' gates."""
+    """What a self-modifying run leaves: reads [t, v], the weights of each memory, and the tokens' step sizes."""
 
     reads: Tensor
-    weights: tuple[Maps, ...]
+    weights: dict[str, Maps]
     step_sizes: Tensor  # [t]
 
 
@@ -110,13 +110,14 @@ def naive_self_modifying(
     u: Tensor,
     queries: Tensor,
     momentum: Tensor,
-    starts: tuple[Maps, Maps, Maps, Maps, Maps],
+    starts: dict[str, Maps],
     gate_bias: Tensor,
     value_scale: Tensor,
     step_bound: float,
     chunk: int,
     projection_chunk: int,
     choices: Choices = Choices(residual=True, decay_to="start", delta=True, clip=1.0, dampened=True),
+    projected: dict[str, Tensor] | None = None,
 ) -> NaiveSelfModifying:
     """The inner part of self-modifying Titans: memories for key, value, step size, retention, and the main one.
 
@@ -131,33 +132,43 @@ def naive_self_modifying(
 
     Without erase, clip, momentum average or residual where `choices` says so; `choices.chunk` is not used.
 
-    u and queries [t, k], L2-normalised; momentum [t]; starts: the initial weights of the five, [out, in] each,
-    of which those for step size and retention end in one number and have no residual; gate_bias [2]; value_scale [].
+    With a memory "query", q_t = norm(M_q(u_t)), else queries. What has no memory is `projected`: [t, k], normalised,
+    for "key" and "value", [t] for "step_size" and "retention".
+
+    u and queries [t, k], L2-normalised; momentum [t]; starts: the initial weights of each memory by its name, "main"
+    among them, [out, in] each, of which those for step size and retention end in one number and have no residual;
+    gate_bias [2]; value_scale [].
     Sources: Nested Learning equations 83 to 93; spec: nested-learning 2, recipe.
     """
-    answers_with_residual = (choices.residual, choices.residual, False, False, choices.residual)
-    functions = [replace(choices, residual=residual) for residual in answers_with_residual]
-    memories = [_begin(start) for start in starts]
+    functions = {
+        name: replace(choices, residual=choices.residual and name not in ("step_size", "retention")) for name in starts
+    }
+    memories = {name: _begin(start) for name, start in starts.items()}
     reads, step_sizes = [], []
     for t in range(u.shape[0]):
-        for i, size in enumerate((projection_chunk,) * 4 + (chunk,)):
-            if t % size == 0:
-                memories[i] = _open(memories[i])
-        before = memories[4].running
-        k, v, raw_step, raw_retention = (_answer(functions[i], memories[i].anchor, u[t]) for i in range(4))
-        k, v = k / k.norm(), value_scale * v / v.norm()
+        for name in memories:
+            if t % (chunk if name == "main" else projection_chunk) == 0:
+                memories[name] = _open(memories[name])
+        before = memories["main"].running
+        made = {name: values[t] for name, values in (projected or {}).items()} | {
+            name: _answer(functions[name], memories[name].anchor, u[t]) for name in memories if name != "main"
+        }
+        k, v = made["key"] / made["key"].norm(), value_scale * made["value"] / made["value"].norm()
+        q = made["query"] / made["query"].norm() if "query" in made else queries[t]
         gates = Gates(
-            step_bound * torch.sigmoid(raw_step[0] + gate_bias[0]),
+            step_bound * torch.sigmoid(made["step_size"].reshape(()) + gate_bias[0]),
             momentum[t],
-            torch.sigmoid(raw_retention[0] + gate_bias[1]),
+            torch.sigmoid(made["retention"].reshape(()) + gate_bias[1]),
         )
-        for i, function in enumerate(functions):
-            target = _answer(function, memories[i].anchor, v)
-            memories[i] = _write(function, memories[i], k, target, gates)
-        standing = {"after": memories[4].running, "before": before, "boundary": memories[4].anchor}[choices.read]
-        reads.append(_answer(functions[4], standing, queries[t]))
+        for name, function in functions.items():
+            target = _answer(function, memories[name].anchor, v)
+            memories[name] = _write(function, memories[name], k, target, gates)
+        main = memories["main"]
+        standing = {"after": main.running, "before": before, "boundary": main.anchor}[choices.read]
+        reads.append(_answer(functions["main"], standing, q))
         step_sizes.append(gates.step_size)
-    return NaiveSelfModifying(torch.stack(reads), tuple(m.running for m in memories), torch.stack(step_sizes))
+    final = {name: memory.running for name, memory in memories.items()}
+    return NaiveSelfModifying(torch.stack(reads), final, torch.stack(step_sizes))
 
 
 class Gates(NamedTuple):

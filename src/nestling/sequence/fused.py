@@ -133,7 +133,8 @@ class Write(Function):
 
     D = W - Z, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f,
     G', B', M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number;
-    eta goes with it. Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope, r is not needed.
+    eta goes with it. Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope,
+    r is not needed.
     """
 
     @staticmethod

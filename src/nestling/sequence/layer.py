@@ -101,7 +101,8 @@ class SequenceMemory(MixerModule):
             queries, keys = unit(queries), unit(keys)
             cut = (layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype)))
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
-            whole = layout.valid is None  # without empty slots, the transfers of all pieces at once
+            # the transfers of all pieces at once, where there are no empty slots, and memory for them
+            whole = layout.valid is None and not self.memory.checkpoint
             carry = self.memory.transfers(state, gates) if whole else [None] * len(gates)
             k, v, q = (layout.cut(part, -2) for part in (keys, values, queries))
 
@@ -111,7 +112,7 @@ class SequenceMemory(MixerModule):
                 y, after = self.memory.run(opened, pairs, q[index])
                 return y, (after,)
 
-            y, (memory,) = scan(layout, (state,), (start,), step)
+            y, (memory,) = scan(layout, (state,), (start,), step, checkpoint=self.memory.checkpoint)
         return y, memory
 
     def make_gates(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:

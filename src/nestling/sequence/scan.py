@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from nestling.memory.attentional_bias import AttentionalBias, l2
 from nestling.memory.retention import decay_to_start
@@ -53,6 +55,7 @@ class Memory:
     which the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its
     own write; "before": as they stood before it; "boundary": those on which its chunk opened (equation 90).
     way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule.
+    checkpoint: in training, keep the states between chunks only, and compute each chunk again for its gradients.
     Oracle: `memory.naive`.
     """
 
@@ -63,6 +66,7 @@ class Memory:
     gradient_at: Literal["token", "chunk"] = "chunk"
     read: Literal["after", "before", "boundary"] = "after"
     way: Literal["chunked", "recurrent"] = "chunked"
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -263,10 +267,14 @@ _CHOICES = {
 Step = Callable[[int, Piece, States], tuple[Tensor, States]]
 
 
-def scan(layout: Layout, states: States, starts: States, step: Step) -> tuple[Tensor, States]:
+def scan(
+    layout: Layout, states: States, starts: States, step: Step, *, checkpoint: bool = False
+) -> tuple[Tensor, States]:
     """Go through a layout's pieces: rows that begin a document there take the start states; `step` opens chunks,
     writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece."""
     reads = []
+    if checkpoint and torch.is_grad_enabled():
+        step = partial(recompute, step, use_reentrant=False, preserve_rng_state=False)
     for index, piece in enumerate(layout.pieces):
         if piece.reset is not None:
             states = select(piece.reset, starts, states)

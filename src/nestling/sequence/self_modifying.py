@@ -16,14 +16,23 @@ from .layout import Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
 from .scan import Memory, MemoryState, States, Writes, scan
 
+PROJECTIONS = ("key", "value", "query", "step_size", "retention")
+_VECTORS = PROJECTIONS[:3]
+
 
 @dataclass(frozen=True, repr=False)
 class self_modifying(Memory, Mixer):
-    """The expression of `SelfModifying`. chunk: of the main memory; projection_chunk: of the memories for k, v,
-    step size and retention (one must divide the other)."""
+    """The expression of `SelfModifying`. chunk: of the main memory; projection_chunk: of the memories that generate
+    its projections (one must divide the other). generators: which projections are memories that modify themselves,
+    of "key", "value", "query", "step_size" and "retention"; the others are learned at the lowest frequency, as
+    ordinary weights. step_bound: how far the step gate reaches, in units of the inverse of the largest eigenvalue
+    expected of a chunk of random keys; frozen gradients diverge far above the default, chunks of one token do not.
+    """
 
     projection_chunk: int = 64
     convolution: int = 4
+    generators: tuple[str, ...] = ("key", "value", "step_size", "retention")
+    step_bound: float = 1.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,15 +43,19 @@ class self_modifying(Memory, Mixer):
             raise ValueError(
                 f"chunk {self.chunk} and projection_chunk {self.projection_chunk}: one must divide the other"
             )
+        unknown = [name for name in self.generators if name not in PROJECTIONS]
+        if unknown or not self.generators or len(set(self.generators)) < len(self.generators):
+            raise ValueError(f"generators must name at least one of {PROJECTIONS}, each once, got {self.generators}")
+        if not self.step_bound > 0:
+            raise ValueError(f"step_bound must be > 0, got {self.step_bound}")
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SelfModifying":
         return SelfModifying(dim, heads, self, generator)
 
 
 class SelfModifyingState(NamedTuple):
-    """phase: tokens since the larger chunk opened [b]; memories: generators (of k, v, step size and retention,
-    side by side) and main; bounded: how many step sizes came within 1% of their bound, since the document's
-    start [b]."""
+    """phase: tokens since the larger chunk opened [b]; memories: generators, side by side, and main; bounded: how
+    many step sizes came within 1% of their bound, since the document's start [b]."""
 
     phase: Tensor
     tail: Tensor
@@ -61,6 +74,7 @@ class SelfModifying(MixerModule):
         each memory: one step of `rule` on (k_t, target)        y_t = M_mem(q_t)
 
     q, k, v are L2-normalised, v with a learned scale. M_eta and M_a end in one scalar a head, without residual.
+    With a memory for the query, q_t = M_q(u_t); a projection without a memory is one of x_t, as W_q is.
     Where the paper is silent: the momentum gate is a projection of x_t; bounds and normalisations are those
     that keep frozen gradients from diverging (docs/papers.md). All initial weights are parameters; no write is
     outside of the graph. x [b, t, d] -> [b, t, d]. Oracle: memory.naive.self_modifying.
@@ -78,7 +92,11 @@ class SelfModifying(MixerModule):
         self.heads, self.expression = heads, expression
         head_dim = dim // heads
         bare, residual = _bare(expression.structure)
-        generators = together(bare, (residual, residual, False, False))  # of k, v, step size, retention
+        self.generated = tuple(name for name in PROJECTIONS if name in expression.generators)
+        self.projected = tuple(name for name in _VECTORS if name not in self.generated)
+        gates = [name for name in PROJECTIONS[3:] if name not in self.generated]
+        vectors = [name in _VECTORS for name in self.generated]
+        generators = together(bare, tuple(residual and vector for vector in vectors))
         shared = (expression.attentional_bias, expression.rule)
         how: Any = ("chunk", expression.read, expression.way)
         self.memories = (
@@ -86,22 +104,25 @@ class SelfModifying(MixerModule):
             Memory(expression.structure, *shared, expression.chunk, *how),
         )
 
-        self.mix = linear(2 * dim, dim, generator)
-        self.convolution = ShortConvolution(2 * dim, expression.convolution, generator)
-        self.momentum = linear(heads, dim, generator, bias=True, gain=0.3)
+        streams = 1 + len(self.projected)
+        self.mix = linear(streams * dim, dim, generator)
+        self.convolution = ShortConvolution(streams * dim, expression.convolution, generator)
+        self.gates = linear((1 + len(gates)) * heads, dim, generator, bias=True, gain=0.3)  # momentum first
         self.value_scale = nn.Parameter(torch.ones(heads))
         self.gate_bias = nn.Parameter(torch.tensor([0.0, 5.0]).repeat(heads, 1))  # step size, retention
-        widths = (head_dim, head_dim, 1, 1, head_dim)
+        widths = [head_dim if vector else 1 for vector in vectors]
         self.starts = nn.ModuleList(
-            nn.ParameterList(bare.init(head_dim, width, (heads,), generator, unit_keys=True)) for width in widths
+            nn.ParameterList(bare.init(head_dim, width, (heads,), generator, unit_keys=True))
+            for width in (*widths, head_dim)
         )
         self.output = Output(dim, heads, generator)
-        self.step_bound = step_bound(max(expression.chunk, expression.projection_chunk), head_dim)
+        largest = max(expression.chunk, expression.projection_chunk)
+        self.step_bound = step_bound(largest, head_dim, expression.step_bound)
 
     def init_state(self, batch: int) -> SelfModifyingState:
         members: list[Weights] = [tuple(start) for start in self.starts]  # type: ignore[arg-type]
         assert isinstance(self.memories[0].structure, together)
-        starts = (self.memories[0].structure.join(members[:4]), members[4])
+        starts = (self.memories[0].structure.join(members[:-1]), members[-1])
         states = [
             memory.begin(tuple(weight.expand(batch, *weight.shape).contiguous() for weight in start))
             for memory, start in zip(self.memories, starts, strict=True)
@@ -126,41 +147,47 @@ class SelfModifying(MixerModule):
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
-        raw_momentum = layout.spread(self.momentum(x))
-        bounded = []
+        raw = layout.spread(self.gates(x))
+        bounded: dict[int, tuple[Piece, Tensor]] = {}
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
-            both = split_heads(F.silu(mixed.to(dtype)), 2 * self.heads)
-            u, queries = (layout.cut(part, -2) for part in unit(both).chunk(2, 1))
-            kept = layout.cut(raw_momentum.to(dtype).transpose(1, 2).sigmoid(), -1)
+            streams = split_heads(F.silu(mixed.to(dtype)), (1 + len(self.projected)) * self.heads)
+            u, *projected = (layout.cut(part, -2) for part in unit(streams).split(self.heads, 1))
+            raw_gates = layout.cut(raw.to(dtype).mT.unflatten(1, (-1, self.heads)), -1)  # [b, gate, h, c] each
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 present = layout.present(piece)
                 generators, main = self.memories
                 generating = generators.open(states[0], piece.opens[0])
                 known = main.open(states[1], piece.opens[1])
-                k, v, gates, near = self.project(generating, u[index], kept[index])
-                bounded.append((piece, near if present is None else near & present[:, None]))
+                vectors = [part[index] for part in projected]
+                q, k, v, gates, near = self.project(generating, u[index], vectors, raw_gates[index])
+                bounded[index] = (piece, near if present is None else near & present[:, None])
                 carry = main.transfers(known, [gates])[0] if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
-                y, known = main.run(known, pairs, queries[index])
+                y, known = main.run(known, pairs, q)
                 return y, (generators.run(generating, pairs)[1], known)
 
-            y, memories = scan(layout, state.memories, start.memories, step)
+            y, memories = scan(layout, state.memories, start.memories, step, checkpoint=self.expression.checkpoint)
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
-        count = _count(state.bounded, bounded)
+        count = _count(state.bounded, [bounded[index] for index in sorted(bounded)])
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
 
-    def project(self, state: MemoryState, u: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Gates, Tensor]:
-        """Keys, values and gates of a piece [b, h, c, .] from the memories as they were when the chunk opened;
-        and where the step size comes within 1% of its bound."""
-        answers = self.memories[0].at_anchor(state, u)
-        k = unit(answers[:, :, 0])
-        v = unit(answers[:, :, 1]) * self.value_scale[:, None, None]
-        raw = answers[:, :, 2:, :, 0] + self.gate_bias[..., None]
-        step_size = raw[:, :, 0].sigmoid()
-        gates = Gates(self.step_bound * step_size, kept, F.logsigmoid(raw[:, :, 1]))
-        return k, v, gates, step_size.detach() > 0.99
+    def project(
+        self, state: MemoryState, u: Tensor, projected: list[Tensor], raw: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Gates, Tensor]:
+        """Queries, keys, values and gates of a piece [b, h, c, .]: from the generators as they were when the chunk
+        opened, or as they were projected; and where the step size comes within 1% of its bound."""
+        answers = dict(zip(self.generated, self.memories[0].at_anchor(state, u).unbind(2), strict=True))
+        fixed = dict(zip(self.projected, projected, strict=True))
+        q, k, v = (unit(answers[name]) if name in answers else fixed[name] for name in ("query", "key", "value"))
+        momentum, *rest = raw.unbind(1)
+        others = iter(rest)
+        eta, kept = (answers[name][..., 0] if name in answers else next(others) for name in ("step_size", "retention"))
+        step_size = (eta + self.gate_bias[:, 0, None]).sigmoid()
+        log_retention = F.logsigmoid(kept + self.gate_bias[:, 1, None])
+        gates = Gates(self.step_bound * step_size, momentum.sigmoid(), log_retention)
+        return q, k, v * self.value_scale[:, None, None], gates, step_size.detach() > 0.99
 
 
 def _bare(structure: Structure) -> tuple[Structure, bool]:

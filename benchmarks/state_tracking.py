@@ -1,0 +1,114 @@
+"""Which mixers can track a state: parity, (aa)* and (abab)*, trained on lengths to 50 and tested to 100.
+
+    python benchmarks/state_tracking.py [--models ...] [--languages ...] [--seeds 5] [--minutes 3]
+
+Every run trains until its own training strings are all solved for some steps, or its steps or minutes are up; the test
+is made once, after training. Results, with every run that was made, go to benchmarks/results/state_tracking.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch.nn import functional as F
+
+from nestling.levels import level
+from nestling.memory import decay_to_start, delta_gradient_descent, dot, gradient_descent, matrix, mlp, retain
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import self_modifying, sequence_memory
+from nestling.tasks.demo import commit
+from nestling.tasks.state_tracking import BINS, LANGUAGES, NO, VOCABULARY, YES, draw
+
+SELF_MODIFYING = self_modifying(
+    matrix(),
+    rule=retain(decay_to_start(), delta_gradient_descent()),
+    chunk=1,
+    projection_chunk=1,
+    step_bound=8.0,
+)
+STATIC = (level(math.inf, structure=mlp(expansion=2.0, residual=False)),)
+BASE = ModelConfig(vocabulary=VOCABULARY, dim=32, heads=2, blocks=1, mixer=SELF_MODIFYING, levels=STATIC)
+MODELS = {
+    "self-modifying titans": BASE,
+    "hope": replace(BASE, levels=(level(16), level(64))),
+    "linear attention": replace(BASE, mixer=sequence_memory(matrix(), dot(), gradient_descent(), gradient_at="token")),
+}
+
+
+def train(config: ModelConfig, language: str, seed: int, steps: int, minutes: float, lr: float) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = Decoder(config, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    began, losses, step = time.monotonic(), [], 0
+    while step < steps and time.monotonic() - began < 60 * minutes:
+        strings = draw(language, 64, 40, 50, seed=1_000_000 * seed + step)
+        logits = model(strings.symbols)[0][..., YES : NO + 1]
+        inside = torch.arange(logits.shape[1]) < strings.lengths[:, None]
+        loss = F.cross_entropy(logits[inside], strings.answers[inside] - YES)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        losses.append(loss.item())
+        if max(losses[-50:]) < 1e-3 and step >= 100:
+            break
+    result: dict[str, Any] = {"steps": step, "loss": round(sum(losses[-20:]) / len(losses[-20:]), 5)}
+    with torch.no_grad():
+        for name, (shortest, longest) in BINS.items():
+            strings = draw(language, 512, shortest, longest, seed=987_654_321 + seed)
+            result[name] = round(strings.solved(model(strings.symbols)[0]), 4)
+    return result | {"minutes": round((time.monotonic() - began) / 60, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), choices=list(LANGUAGES))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for language in asked.languages:
+        for name in asked.models:
+            for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
+                run = train(MODELS[name], language, seed, asked.steps, asked.minutes, asked.lr)
+                rows.append({"language": language, "model": name, "seed": seed} | run)
+                print(json.dumps(rows[-1]), flush=True)
+    solved = {}
+    for row in rows:
+        cell = solved.setdefault(f"{row['model']}, {row['language']}", [0, 0])
+        cell[0] += row["to 50"] == row["51 to 100"] == 1.0
+        cell[1] += 1
+    result = {
+        "what": "benchmarks/state_tracking.py",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "models": {name: repr(config.mixer) for name, config in MODELS.items()},
+        "seeds solved to 100": {cell: f"{own} of {of}" for cell, (own, of) in solved.items()},
+        "runs": rows,
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "state_tracking.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["seeds solved to 100"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

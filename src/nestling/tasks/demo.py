@@ -35,7 +35,7 @@ ARMS = {
 }
 
 
-DEMO_TRAIN = TrainConfig(steps=480, rows=2, length=256, learning_rate=4e-3, warmup_steps=10)
+DEMO_TRAIN = TrainConfig(steps=500, rows=2, length=256, learning_rate=4e-3, warmup_steps=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,10 @@ class DemoConfig:
 
     model: ModelConfig = preset("hope")
     train: TrainConfig = DEMO_TRAIN
-    python_bytes: int = 68_000  # read in life
-    names_bytes: int = 12_000  # read in life, after Python
+    python_bytes: int = 60_000  # read in life
+    names_bytes: int = 8_000  # read in life, after Python
     held_out_bytes: int = 16_384  # of each body
-    probe_bytes: int = 6_144  # of the held-out text, for the curves
+    probe_bytes: int = 4_096  # of the held-out text, for the curves
     probes: int = 1  # inside each body
     long_bytes: int = 61_440  # of held-out English, for bits per byte by position
     seed: int = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-Grads = tuple[Tensor | None, ...]
+LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
@@ -25,7 +25,7 @@ def _add(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 def _minus(a: Tensor, b: Tensor) -> Tensor:
     """-(a @ b)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which knows no product with a factor of zero
         return -(a @ b)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in (a, b)]
     nothing = a.new_empty(len(flat[0]), a.shape[-2], b.shape[-1])
@@ -65,9 +65,6 @@ class Decay(Function):
         # of a gate l, every prefix sum from l on: a sum from behind
         gates = total.sum(-1, keepdim=True) - total.cumsum(-1) + total
         return torch.where(log_gates > LOG_ZERO, gates, 0.0)
-
-
-LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
 
 class Look(Function):

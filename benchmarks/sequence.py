@@ -99,17 +99,16 @@ def interleaved(cases: dict[str, Callable[[], None]], repeats: int) -> dict[str,
     return times
 
 
-def peak_mb(case: str) -> float:
+def peak_mb(case: str, length: int = LENGTH) -> float:
     """Peak memory of forward + backward of one case in a process of its own, above that of an idle one, in MB."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sequence; sequence.alone({case!r})"
-    )
+    folder = str(Path(__file__).parent)
+    script = f"import sys; sys.path.insert(0, {folder!r}); import sequence; sequence.alone({case!r}, {length})"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return float(found.stdout)
 
 
-def alone(case: str) -> None:
-    block, x = BLOCKS[case](), torch.randn(BATCH, LENGTH, DIM)
+def alone(case: str, length: int) -> None:
+    block, x = ALL[case](), torch.randn(BATCH, length, DIM)
     idle = most_kb()
     both(block, x)
     print((most_kb() - idle) / 1024)
@@ -128,6 +127,13 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "self-modifying mixer": lambda: Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK)),
     "hope block": Hope,
 }
+RECOMPUTED: dict[str, Callable[[], nn.Module]] = {
+    "titans mixer, recomputed": lambda: Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK, checkpoint=True)),
+    "self-modifying mixer, recomputed": lambda: Mixed(
+        self_modifying(chunk=CHUNK, projection_chunk=CHUNK, checkpoint=True)
+    ),
+}
+ALL = BLOCKS | RECOMPUTED
 
 
 def blocks(repeats: int) -> dict[str, Any]:
@@ -149,6 +155,24 @@ def blocks(repeats: int) -> dict[str, Any]:
                 "times_transformer": round(statistics.median(a / b for a, b in zip(own, reference, strict=True)), 3),
             }
         rows[name] = row
+    return rows
+
+
+def recomputation(repeats: int) -> dict[str, Any]:
+    """Time with checkpoint=True over time without, and peak memory of both at two lengths."""
+    torch.manual_seed(0)
+    x, rows = torch.randn(BATCH, LENGTH, DIM), {}
+    for name in ("titans mixer", "self-modifying mixer"):
+        plain, again = BLOCKS[name](), RECOMPUTED[f"{name}, recomputed"]()
+        times = interleaved({"plain": lambda: both(plain, x), "again": lambda: both(again, x)}, repeats)  # noqa: B023
+        ratios = [a / b for a, b in zip(times["again"], times["plain"], strict=True)]
+        rows[name] = {
+            "times_the_plain": round(statistics.median(ratios), 3),
+            "peak_mb": {
+                kind: {length: round(peak_mb(case, length), 1) for length in (LENGTH, 4 * LENGTH)}
+                for kind, case in (("plain", name), ("recomputed", f"{name}, recomputed"))
+            },
+        }
     return rows
 
 
@@ -222,6 +246,7 @@ def main() -> None:
         "commit": commit(),
         "repeats": asked.repeats,
         "blocks": blocks(asked.repeats),
+        "recomputation": recomputation(max(3, asked.repeats // 2)),
         "time_16k_over_4k": lengths(max(3, asked.repeats // 2)),
         "learning": learning(asked.repeats),
     }

@@ -35,14 +35,14 @@ def of_everything(name: str, tokens: int):
     return function, tuple(tensor.requires_grad_() for tensor in point)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 7])
+@pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("name", MIXERS)
 def test_outer_gradients(name, chunks):
     function, point = of_everything(name, chunks * CHUNK + 1)
     assert gradcheck(function, point, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", ["self_modifying", "sequence_memory"])
 def test_gradients_of_outer_gradients(name):
-    function, point = of_everything(name, 2 * CHUNK + 1)
+    function, point = of_everything(name, CHUNK + 1)
     assert gradgradcheck(function, point, fast_mode=True)

@@ -212,6 +212,13 @@ def test_at_other_chunk_sizes(memory, chunk):
     assert_same(fast(memory, data), slow(memory, data), data)
 
 
+@pytest.mark.parametrize("memory", [EXACT[7], FROZEN[7]], ids=named)
+def test_a_long_chunk_and_a_token_of_the_next(memory):
+    memory = dataclasses.replace(memory, chunk=256)
+    data = make(memory, 257)
+    assert_same(fast(memory, data), slow(memory, data), data)
+
+
 UNUSUAL = [
     dataclasses.replace(FROZEN[4], rule=rule)
     for rule in (dampen(), dampen(momentum()), retain(decay(), dampen(scale(dampen(outside)))))

@@ -149,6 +149,7 @@ class SelfModifying(MixerModule):
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
         raw = layout.spread(self.gates(x))
         bounded: dict[int, tuple[Piece, Tensor]] = {}
+        own = (self.value_scale[:, None, None], self.gate_bias)  # as they are now: a step may be computed again later
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
             streams = split_heads(F.silu(mixed.to(dtype)), (1 + len(self.projected)) * self.heads)
@@ -161,7 +162,7 @@ class SelfModifying(MixerModule):
                 generating = generators.open(states[0], piece.opens[0])
                 known = main.open(states[1], piece.opens[1])
                 vectors = [part[index] for part in projected]
-                q, k, v, gates, near = self.project(generating, u[index], vectors, raw_gates[index])
+                q, k, v, gates, near = self.project(generating, u[index], vectors, raw_gates[index], *own)
                 bounded[index] = (piece, near if present is None else near & present[:, None])
                 carry = main.transfers(known, [gates])[0] if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
@@ -174,7 +175,13 @@ class SelfModifying(MixerModule):
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
 
     def project(
-        self, state: MemoryState, u: Tensor, projected: list[Tensor], raw: Tensor
+        self,
+        state: MemoryState,
+        u: Tensor,
+        projected: list[Tensor],
+        raw: Tensor,
+        value_scale: Tensor,
+        gate_bias: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Gates, Tensor]:
         """Queries, keys, values and gates of a piece [b, h, c, .]: from the generators as they were when the chunk
         opened, or as they were projected; and where the step size comes within 1% of its bound."""
@@ -184,10 +191,10 @@ class SelfModifying(MixerModule):
         momentum, *rest = raw.unbind(1)
         others = iter(rest)
         eta, kept = (answers[name][..., 0] if name in answers else next(others) for name in ("step_size", "retention"))
-        step_size = (eta + self.gate_bias[:, 0, None]).sigmoid()
-        log_retention = F.logsigmoid(kept + self.gate_bias[:, 1, None])
+        step_size = (eta + gate_bias[:, 0, None]).sigmoid()
+        log_retention = F.logsigmoid(kept + gate_bias[:, 1, None])
         gates = Gates(self.step_bound * step_size, momentum.sigmoid(), log_retention)
-        return q, k, v * self.value_scale[:, None, None], gates, step_size.detach() > 0.99
+        return q, k, v * value_scale, gates, step_size.detach() > 0.99
 
 
 def _bare(structure: Structure) -> tuple[Structure, bool]:

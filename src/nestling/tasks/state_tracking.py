@@ -20,10 +20,10 @@ BINS = {"to 50": (2, 50), "51 to 100": (51, 100)}
 
 @dataclass(frozen=True)
 class Language:
-    """strings: (count, length, generator) -> symbols [count, length]. member: symbols [n, t] -> which prefixes are in
-    the language [n, t]. step: lengths of strings are multiples of it."""
+    """strings: (shares of ones [n], length, generator) -> symbols [n, length]. member: symbols [n, t] -> which
+    prefixes are in the language [n, t]. step: lengths of strings are multiples of it."""
 
-    strings: Callable[[int, int, torch.Generator], Tensor]
+    strings: Callable[[Tensor, int, torch.Generator], Tensor]
     member: Callable[[Tensor], Tensor]
     step: int
     several: bool  # is there more than one string of a length
@@ -44,9 +44,11 @@ class Strings:
         return (right | after).all(1).double().mean().item()
 
 
-def draw(language: str, count: int, shortest: int, longest: int, seed: int) -> Strings:
+def draw(language: str, count: int, shortest: int, longest: int, seed: int, *, varied: bool = False) -> Strings:
     """`count` strings with lengths uniform over those of the language from `shortest` to `longest`; every length
-    once where a length has one string only. Raises ValueError when there is no such length, or language."""
+    once where a length has one string only. varied: each string has its own share of ones, uniform over [0, 1], so
+    that there are long runs of one symbol among them; else the symbols are equally likely. Raises ValueError when
+    there is no such length, or language."""
     kind = known(language, LANGUAGES, "language")
     lengths = torch.tensor([n for n in range(shortest, longest + 1) if n % kind.step == 0])
     if not len(lengths):
@@ -54,21 +56,25 @@ def draw(language: str, count: int, shortest: int, longest: int, seed: int) -> S
     generator = torch.Generator().manual_seed(seed)
     if kind.several:
         lengths = lengths[torch.randint(len(lengths), (count,), generator=generator)]
+    shares = torch.rand(len(lengths), generator=generator) if varied else torch.full((len(lengths),), 0.5)
     rows = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
     for length in lengths.unique().tolist():
         where = lengths == length
-        rows[where, :length] = kind.strings(int(where.sum()), length, generator)
+        rows[where, :length] = kind.strings(shares[where], length, generator)
     return Strings(rows, torch.where(kind.member(rows), YES, NO), lengths)
 
 
-def _even(count: int, length: int, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(2, (count, length), generator=generator)
+def _even(shares: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    bits = (torch.rand(len(shares), length, generator=generator) < shares[:, None]).long()
     bits[:, -1] = bits[:, :-1].sum(1) % 2
     return bits
 
 
-def _repeated(*pattern: int) -> Callable[[int, int, torch.Generator], Tensor]:
-    return lambda count, length, _: torch.tensor(pattern).repeat(length // len(pattern) + 1)[:length].expand(count, -1)
+def _repeated(*pattern: int) -> Callable[[Tensor, int, torch.Generator], Tensor]:
+    def strings(shares: Tensor, length: int, _: torch.Generator) -> Tensor:
+        return torch.tensor(pattern).repeat(length // len(pattern) + 1)[:length].expand(len(shares), -1)
+
+    return strings
 
 
 def _multiple_of(number: int) -> Callable[[Tensor], Tensor]:
@@ -80,4 +86,4 @@ LANGUAGES = {
     "(aa)*": Language(_repeated(0), _multiple_of(2), 2, False),
     "(abab)*": Language(_repeated(0, 1), _multiple_of(4), 4, False),
 }
-"""Parity: an even number of ones. Strings are uniform but for the last bit, which makes them even."""
+"""Parity: an even number of ones; the last bit of a string makes it even."""

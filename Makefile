@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
-export GOMP_SPINCOUNT ?= 2000
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: demo demo-short test test-kill lint bench clean
 

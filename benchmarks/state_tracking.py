@@ -33,6 +33,7 @@ SELF_MODIFYING = self_modifying(
     chunk=1,
     projection_chunk=1,
     step_bound=8.0,
+    convolution=1,
     way="recurrent",
 )
 STATIC = (level(math.inf, structure=mlp(expansion=2.0, residual=False)),)
@@ -41,6 +42,8 @@ MODELS = {
     "self-modifying titans": BASE,
     "hope": replace(BASE, levels=(level(16), level(64))),
     "linear attention": replace(BASE, mixer=sequence_memory(matrix(), dot(), gradient_descent(), gradient_at="token")),
+    "self-modifying titans, convolution 4": replace(BASE, mixer=replace(SELF_MODIFYING, convolution=4)),
+    "hope, convolution 4": replace(BASE, mixer=replace(SELF_MODIFYING, convolution=4), levels=(level(16), level(64))),
     "self-modifying titans, step bound 1.5": replace(BASE, mixer=replace(SELF_MODIFYING, step_bound=1.5)),
 }
 
@@ -57,7 +60,7 @@ def train(
         strings = draw(language, rows, 40, 50, seed=1_000_000 * seed + step, varied=step >= steps // 2)
         logits = model(strings.symbols)[0][..., YES : NO + 1]
         inside = torch.arange(logits.shape[1]) < strings.lengths[:, None]
-        loss = F.cross_entropy(logits[inside], strings.answers[inside] - YES)
+        loss = F.cross_entropy(logits[inside], strings.answers[inside] - YES, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,9 +3,9 @@
 import os
 
 # Threads that spin for long while they wait are many times slower on a machine that does anything else; those
-# that sleep at once are a fifth slower than those that spin for some microseconds.
+# that sleep at once are a fifth slower than those that spin for less than a millisecond.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import json
 import math

@@ -150,20 +150,22 @@ class Memory:
         return maps, all_norms
 
     def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
-        """The transfers of pieces whose gates [b, h, c] are known, those of one length at once. None where they
+        """The transfers of pieces whose gates [b, h, c] are known, several of one length at once. None where they
         take more than the gates."""
         if self.way == "recurrent" or self.rule.scales_buffer:
             return [None] * len(gates)
-        found: dict[int, chunks.Transfer] = {}
+        found: list[chunks.Transfer | None] = []
         lengths = [piece.momentum.shape[-1] for piece in gates]  # type: ignore[union-attr]
-        for length in set(lengths):
-            members = [index for index, own in enumerate(lengths) if own == length]
-            side_by_side = zip(*(gates[index] for index in members), strict=True)
-            stacked = Gates(*(torch.stack(parts) for parts in side_by_side))
+        while len(found) < len(gates):
+            first = len(found)
+            last = first + 1
+            while last < min(len(gates), first + SIDE_BY_SIDE) and lengths[last] == lengths[first]:
+                last += 1
+            stacked = Gates(*(torch.stack(parts) for parts in zip(*gates[first:last], strict=True)))
             nothing = torch.zeros_like(stacked.step_size)  # type: ignore[arg-type]
             plan = self.rule.plan(stacked, Norms(nothing, nothing), state.rule[0], self.exact)
-            found.update(zip(members, chunks.transfer(plan).unbind(), strict=True))
-        return [found[index] for index in range(len(gates))]
+            found += chunks.transfer(plan).unbind()
+        return found
 
     def _carry(self, pairs: "Writes", plan: Plan) -> chunks.Transfer:
         if pairs.carry is None:
@@ -264,6 +266,7 @@ _CHOICES = {
 }
 
 
+SIDE_BY_SIDE = 16  # chunks whose transfers are computed at once: more would only leave the caches
 Step = Callable[[int, Piece, States], tuple[Tensor, States]]
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from sequence import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +26,7 @@ from nestling.memory import matrix, mlp
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import self_modifying, sequence_memory
-from nestling.tasks.demo import commit
+from nestling.tasks.record import write_result
 
 DIM, HEADS, BLOCKS, CONTEXTS = 256, 4, 2, (1024, 8192, 65_536)
 
@@ -112,13 +112,7 @@ def main() -> None:
         numbers = {"transformer": 2 * BLOCKS * DIM * context}
         for name, mixer in MIXERS.items():
             cases[name], numbers[name] = recurrent(mixer, context, asked.tokens)
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for round_ in range(asked.rounds + 1):
-            for name, run in cases.items():
-                began = time.perf_counter()
-                run()
-                if round_:
-                    times[name].append(time.perf_counter() - began)
+        times = interleaved(cases, asked.rounds)
         for name, own in times.items():
             ratios = [a / b for a, b in zip(times["transformer"], own, strict=True)]
             rows.append(
@@ -134,13 +128,10 @@ def main() -> None:
     result = {
         "what": "benchmarks/decoding.py",
         "shape": {"dim": DIM, "heads": HEADS, "blocks": BLOCKS, "rows": 1, "threads": 1},
-        "torch": torch.__version__,
-        "commit": commit(),
         "rounds": asked.rounds,
         "rows": rows,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "decoding.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(asked.out, "decoding", result)
 
 
 if __name__ == "__main__":

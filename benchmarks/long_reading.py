@@ -23,8 +23,9 @@ from nestling.levels.evaluation import surprise_by_position
 from nestling.memory import clip, dampen, decay, decay_to_start, delta_gradient_descent, momentum, retain
 from nestling.models import Decoder, preset
 from nestling.sequence import self_modifying
-from nestling.tasks.demo import BITS, commit
+from nestling.tasks.demo import BITS
 from nestling.tasks.embedded import embedded_bodies
+from nestling.tasks.record import write_result
 from nestling.train import Stream, TrainConfig, Trainer
 
 LENGTH, TIMES = 128, 64
@@ -76,13 +77,10 @@ def main() -> None:
             print(json.dumps(runs[-1]), flush=True)
     result = {
         "what": "benchmarks/long_reading.py",
-        "torch": torch.__version__,
-        "commit": commit(),
         "train": {"steps": asked.steps, "rows": asked.rows, "length": LENGTH, "lr": asked.lr},
         "runs": runs,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "long_reading.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(asked.out, "long_reading", result)
 
 
 if __name__ == "__main__":

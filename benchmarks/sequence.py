@@ -9,7 +9,6 @@ ratios are reported. Results go to a file that names the machine and the commit.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from nestling.levels import Continuum, Reader, level
 from nestling.memory import mlp
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import self_modifying, sequence_memory
-from nestling.tasks.demo import commit
+from nestling.tasks.record import write_result
 
 DIM, HEADS, BATCH, LENGTH, CHUNK = 256, 4, 4, 1024, 64
 LEVELS = (
@@ -218,13 +217,6 @@ def learning(repeats: int) -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
@@ -236,23 +228,13 @@ def main() -> None:
     result = {
         "what": "benchmarks/sequence.py",
         "shape": {"batch": BATCH, "length": LENGTH, "dim": DIM, "heads": HEADS, "chunk": CHUNK},
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": asked.threads,
-            "torch": torch.__version__,
-            "load": os.getloadavg()[0],
-        },
-        "commit": commit(),
         "repeats": asked.repeats,
         "blocks": blocks(asked.repeats),
         "recomputation": recomputation(max(3, asked.repeats // 2)),
         "time_16k_over_4k": lengths(max(3, asked.repeats // 2)),
         "learning": learning(asked.repeats),
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    path = asked.out / "sequence.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(asked.out, "sequence", result)
     print(json.dumps(result, indent=2))
 
 

@@ -2,7 +2,9 @@
 
     python benchmarks/state_tracking.py [--models ...] [--languages ...] [--seeds 5]
 
-Every run trains for the same number of steps (or until its minutes are up), and is tested once, after training.
+Every run trains for the same number of steps (or until its minutes are up) on strings of 40 to 50 symbols, with
+labels smoothed by 0.1 and, in the second half, with strings that have their own shares of ones; it is tested once,
+after training.
 Results, with every run that was made, go to benchmarks/results/state_tracking.json.
 """
 
@@ -24,7 +26,7 @@ from nestling.levels import level
 from nestling.memory import decay_to_start, delta_gradient_descent, dot, gradient_descent, matrix, mlp, retain
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import self_modifying, sequence_memory
-from nestling.tasks.demo import commit
+from nestling.tasks.record import write_result
 from nestling.tasks.state_tracking import BINS, LANGUAGES, NO, VOCABULARY, YES, draw
 
 SELF_MODIFYING = self_modifying(
@@ -103,16 +105,13 @@ def main() -> None:
         cell[1] += 1
     result = {
         "what": "benchmarks/state_tracking.py",
-        "torch": torch.__version__,
-        "commit": commit(),
         "steps": asked.steps,
         "lr": asked.lr,
         "models": {name: repr(config.mixer) for name, config in MODELS.items()},
         "seeds solved to 100": {cell: f"{own} of {of}" for cell, (own, of) in solved.items()},
         "runs": rows,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / f"{asked.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(asked.out, asked.name, result)
     print(json.dumps(result["seeds solved to 100"], indent=2))
 
 

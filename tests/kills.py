@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from nestling.learner import newest
+from nestling.tasks.record import write_result
 
 FILES = ("model.safetensors", "training.safetensors")
 
@@ -89,7 +90,6 @@ def survive(folder: Path, *, kills: int, steps: int, seed: int = 7) -> dict[str,
 
 
 def main() -> None:
-    from nestling.tasks.demo import commit
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
@@ -99,9 +99,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = survive(Path(folder), kills=asked.kills, steps=asked.steps, seed=asked.seed)
-    result = {"what": "tests/kills.py", "torch": torch.__version__, "commit": commit()} | found
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "kill.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {"what": "tests/kills.py"} | found
+    write_result(asked.out, "kill", result)
     print(json.dumps(result, indent=2))
 
 

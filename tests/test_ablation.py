@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestling.memory import Gates, Pairs
 from nestling.models import Decoder, ModelConfig, preset
-from nestling.models.ablation import ADAPTIVE, RULES, table_6
+from nestling.models.ablation import RULES, table_6
 from nestling.sequence import self_modifying, sequence_memory
 
 F64 = torch.float64
@@ -78,7 +78,7 @@ def test_a_row_changes_one_choice_and_the_numbers(row):
 
 def test_the_rows_are_those_of_the_table():
     assert set(ROWS) == {"hope", *CHANGED}
-    assert ROWS["hope"].mixer.generators == ADAPTIVE
+    assert ROWS["hope"].mixer.generators == ("key", "value", "query", "step_size", "retention")
     assert [lvl.period for lvl in ROWS["no continuum"].levels] == [inf]
     assert preset("hope").mixer == replace(ROWS["hope"].mixer, chunk=64, projection_chunk=64, generators=DEFAULT)
 

@@ -54,6 +54,14 @@ def test_seeds_repeat_and_differ():
     assert one.shape != other.shape or not torch.equal(one, other)
 
 
+def test_varied_strings_have_shares_of_their_own():
+    even, varied = (draw("parity", 300, 50, 50, seed=0, varied=flag) for flag in (False, True))
+    spread = [strings.symbols.double().mean(1).std() for strings in (even, varied)]
+    assert spread[0] < 0.1
+    assert 0.25 < spread[1] < 0.33  # a uniform share: 1 / sqrt(12)
+    assert torch.equal(varied.answers == YES, varied.symbols.cumsum(1) % 2 == 0)
+
+
 def test_what_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"\(abab\)\* has no strings of 1 to 3 symbols"):
         draw("(abab)*", 4, 1, 3, seed=0)

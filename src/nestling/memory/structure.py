@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if not _stands_for_many(x, weight):
+        if not stands_for_many(x, weight):
             return x @ weight.mT
         wide = x.squeeze(-3) @ weight.flatten(-3, -2).mT
         return wide.unflatten(-1, (weight.shape[-3], -1)).transpose(-3, -2).contiguous()
@@ -84,14 +84,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
         g = grads[0].contiguous()
         x, weight = ctx.saved_tensors
-        if not _stands_for_many(x, weight):
+        if not stands_for_many(x, weight):
             return g @ weight, g.mT @ x
         g = g.transpose(-3, -2).flatten(-2)
         d_x = (g @ weight.flatten(-3, -2)).unsqueeze(-3)
         return d_x, (g.mT @ x.squeeze(-3)).unflatten(-2, weight.shape[-3:-1])
 
 
-def _stands_for_many(x: Tensor, weight: Tensor) -> bool:
+def stands_for_many(x: Tensor, weight: Tensor) -> bool:
+    """Do inputs [..., 1, n, in] meet maps [..., many, out, in], each of them all?"""
     return weight.dim() > 3 and x.shape[-3] == 1 and weight.shape[-3] > 1
 
 

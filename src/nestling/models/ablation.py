@@ -6,6 +6,7 @@ from math import inf
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import clip, dampen, delta_gradient_descent, momentum, retain
 from nestling.sequence import self_modifying
+from nestling.sequence.self_modifying import PROJECTIONS
 
 from .config import ModelConfig
 
@@ -16,8 +17,6 @@ RULES = {
     "no retention": delta_gradient_descent(momentum(dampen(clip()))),
 }
 """The learning rule of the memories, whole and without each of its terms."""
-
-ADAPTIVE = ("key", "value", "query", "step_size", "retention")
 
 
 def table_6(base: ModelConfig = ModelConfig()) -> dict[str, ModelConfig]:
@@ -30,10 +29,10 @@ def table_6(base: ModelConfig = ModelConfig()) -> dict[str, ModelConfig]:
     mixer = base.mixer
     if not isinstance(mixer, self_modifying):
         raise ValueError(f"table_6 takes self_modifying(...) apart, but the mixer is {mixer}")
-    whole = replace(mixer, rule=RULES["hope"], generators=ADAPTIVE)
+    whole = replace(mixer, rule=RULES["hope"], generators=PROJECTIONS)
     rows = {name: replace(base, mixer=replace(whole, rule=rule)) for name, rule in RULES.items()}
     rows["no continuum"] = replace(base, mixer=whole, levels=(replace(base.levels[0], period=inf),))
     for name in ("key", "value", "query"):
-        rest = tuple(other for other in ADAPTIVE if other != name)
+        rest = tuple(other for other in PROJECTIONS if other != name)
         rows[f"no adaptive {name}"] = replace(base, mixer=replace(whole, generators=rest))
     return rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.rule import Plan
+from nestling.memory.structure import stands_for_many
 
 from .fused import Decay, Look, Write
 
@@ -113,7 +114,7 @@ class Before(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, plan: Plan, inputs: Tensor) -> "Before":
-        many = weight.shape[-3] if weight.dim() > 4 and inputs.shape[-3] == 1 else 1
+        many = weight.shape[-3] if stands_for_many(inputs, weight) else 1
         maps = (weight if plan.start is None else weight - plan.start, plan.start, plan.buffer)
         if many > 1:
             maps = tuple(x if x is None else x.flatten(-3, -2).unsqueeze(-3) for x in maps)  # type: ignore[assignment]

@@ -62,8 +62,7 @@ class Decay(Function):
         log_gates, products, first = ctx.saved_tensors
         inner = grads[0] * products
         total = inner.sum(-1) - inner.sum(-2) + grads[1] * first
-        # of a gate l, every prefix sum from l on: a sum from behind
-        gates = total.sum(-1, keepdim=True) - total.cumsum(-1) + total
+        gates = total.flip(-1).cumsum(-1).flip(-1)  # every prefix sum from a gate on
         return torch.where(log_gates > LOG_ZERO, gates, 0.0)
 
 

@@ -1,5 +1,6 @@
 """Run one memory over tokens: state, and the recurrent and the chunked way of writing and reading it."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -149,22 +150,21 @@ class Memory:
             all_norms.append(norms)
         return maps, all_norms
 
-    def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
-        """The transfers of pieces whose gates [b, h, c] are known, several of one length at once. None where they
-        take more than the gates."""
+    def transfer(self, state: MemoryState, gates: Gates) -> chunks.Transfer | None:
+        """What the gates [b, h, c] of a piece, or [n, b, h, c] of several, make of it; None where that takes more."""
         if self.way == "recurrent" or self.rule.scales_buffer:
-            return [None] * len(gates)
+            return None
+        nothing = torch.zeros_like(gates.step_size)  # type: ignore[arg-type]
+        return chunks.transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
+
+    def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
+        """`transfer` of every piece, several of one length at once."""
         found: list[chunks.Transfer | None] = []
-        lengths = [piece.momentum.shape[-1] for piece in gates]  # type: ignore[union-attr]
         while len(found) < len(gates):
-            first = len(found)
-            last = first + 1
-            while last < min(len(gates), first + SIDE_BY_SIDE) and lengths[last] == lengths[first]:
-                last += 1
-            stacked = Gates(*(torch.stack(parts) for parts in zip(*gates[first:last], strict=True)))
-            nothing = torch.zeros_like(stacked.step_size)  # type: ignore[arg-type]
-            plan = self.rule.plan(stacked, Norms(nothing, nothing), state.rule[0], self.exact)
-            found += chunks.transfer(plan).unbind()
+            some = gates[len(found) : len(found) + SIDE_BY_SIDE]
+            alike = list(itertools.takewhile(lambda g: g.step_size.shape == some[0].step_size.shape, some))  # type: ignore[union-attr]  # noqa: B023
+            joined = self.transfer(state, Gates(*(torch.stack(parts) for parts in zip(*alike, strict=True))))
+            found += [None] * len(alike) if joined is None else joined.unbind()
         return found
 
     def _carry(self, pairs: "Writes", plan: Plan) -> chunks.Transfer:
@@ -239,7 +239,7 @@ class Writes(NamedTuple):
 
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
     (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened. carry: what `Memory.transfers` makes of the gates, where it is known.
+    on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it is known.
     """
 
     keys: Tensor

@@ -164,14 +164,14 @@ class SelfModifying(MixerModule):
                 vectors = [part[index] for part in projected]
                 q, k, v, gates, near = self.project(generating, u[index], vectors, raw_gates[index], *own)
                 bounded[index] = (piece, near if present is None else near & present[:, None])
-                carry = main.transfers(known, [gates])[0] if present is None else None
+                carry = main.transfer(known, gates) if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
                 y, known = main.run(known, pairs, q)
                 return y, (generators.run(generating, pairs)[1], known)
 
             y, memories = scan(layout, state.memories, start.memories, step, checkpoint=self.expression.checkpoint)
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
-        count = _count(state.bounded, [bounded[index] for index in sorted(bounded)])
+        count = _count(state.bounded, list(bounded.values()))
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
 
     def project(

@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +24,7 @@ from nestling.sequence import attention
 from nestling.train import Stream, TrainConfig, Trainer, machine, save_run
 
 from .embedded import Body, embedded_bodies
+from .record import commit
 
 BITS = 1 / math.log(2)
 ARMS = {
@@ -178,17 +178,6 @@ def xz(documents: tuple[bytes, ...]) -> float:
     """Bits per byte of `xz -9` on the documents end to end."""
     text = b"".join(documents)
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
-
-
-def commit() -> str | None:
-    """The commit of the source tree this runs from, with + where it has changes; None outside of one."""
-    here = Path(__file__).resolve().parent
-    try:
-        asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
 
 
 def claims(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,8 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestling.memory.structure import GeluError
-from nestling.sequence.convolution import Convolve
-from nestling.sequence.fused import LOG_ZERO, Decay, Look, Unit, Write
+from nestling.sequence.fused import LOG_ZERO, Decay, Look, Write
 
 LEADING, TOKENS, IN, OUT = (2, 2), 4, 3, 2
 SWITCHES = list(itertools.product((False, True), repeat=4))
@@ -179,18 +178,3 @@ def test_the_error_before_a_gelu(draw):
         return torch.autograd.grad(F.gelu(x), x, error, create_graph=True)[0]
 
     check(GeluError, plain, (draw(7), draw(7)))
-
-
-@pytest.mark.parametrize("width", [2, 4])
-def test_convolve(draw, width):
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv1d(x.mT, weight[:, None], groups=x.shape[-1]).mT
-
-    check(Convolve, plain, (draw(2, 6, 3), draw(3, width)))
-
-
-def test_unit(draw):
-    check(Unit, lambda x: F.normalize(x, dim=-1), (draw(3, 5),))
-    zero = torch.zeros(2, 3, requires_grad=True)
-    Unit.apply(zero).sum().backward()
-    torch.testing.assert_close(zero.grad, torch.full((2, 3), 1e12))

@@ -97,15 +97,13 @@ def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
 
 
 def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
-    """The final weights of every memory, map by map; narrow answers without their padding."""
-    generators, main = (at.running for at in state.memories)
-    found = []
-    for member, name in enumerate(layer.generated):
-        maps = [weight[:, :, member] for weight in generators]
-        if name in ("step_size", "retention"):
-            assert not maps[-1][:, :, 1:].any(), "the padding of a narrow answer stays zero"
-            maps[-1] = maps[-1][:, :, :1]
-        found.append(maps)
+    """The final weights of every memory, map by map."""
+    *generators, main = (at.running for at in state.memories)
+    found = [
+        [weight[:, :, member] for weight in running]
+        for group, running in zip(layer.groups, generators, strict=True)
+        for member in range(len(group))
+    ]
     return [*found, list(main)]
 
 
@@ -189,7 +187,7 @@ def test_at_its_bound_the_step_does_not_diverge():
         (lambda: self_modifying(generators=("key", "key")), "each once"),
         (lambda: self_modifying(generators=("keys",)), r"generators must name.*'keys'"),
         (lambda: self_modifying(step_bound=0.0), "step_bound must be > 0, got 0.0"),
-        (lambda: self_modifying(together(matrix(), (True,))).build(8, 2), r"matrix\(\) and mlp\(\).*not together"),
+        (lambda: self_modifying(together(matrix())).build(8, 2), r"matrix\(\) and mlp\(\).*not together"),
         (lambda: self_modifying().build(8, 3), "dim 8 is not a multiple of heads 3"),
     ],
 )

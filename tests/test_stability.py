@@ -119,10 +119,11 @@ def test_keys_and_values_have_their_norm_whatever_the_memories_say():
     with torch.no_grad():
         for start in layer.starts.parameters():
             start.mul_(1e3)
-        state = layer.memories[0].open(layer.init_state(1).memories[0], True)
+        *generators, _ = zip(layer.memories, layer.init_state(1).memories, strict=True)
+        states = [memory.open(state, True) for memory, state in generators]
         u = torch.nn.functional.normalize(torch.randn(1, HEADS, 5, DIM // HEADS), dim=-1)
         _, keys, values, _, _ = layer.project(
-            state, u, [u], torch.zeros(1, 1, HEADS, 5), layer.value_scale[:, None, None], layer.gate_bias
+            states, u, [u], torch.zeros(1, 1, HEADS, 5), layer.value_scale[:, None, None], layer.gate_bias
         )
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(1, HEADS, 5))
     torch.testing.assert_close(values.norm(dim=-1), layer.value_scale.expand(1, 5, HEADS).mT.detach())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
+from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, side_by_side, together
 
 F64 = torch.float64
 KEY, VALUE, TOKENS, LEADING = 4, 3, 5, (2, 2)
@@ -18,7 +18,8 @@ BARE = [
     mlp(depth=3, residual=False, activation="silu"),
 ]
 RESIDUAL = [mlp(), mlp(depth=3, activation="silu"), mlp(expansion=2.0, activation="silu")]
-SEVERAL = [together(bare, (False, True, False)) for bare in BARE[:4]]
+SEVERAL = [together(one) for one in (*BARE[:4], *RESIDUAL[:2])]
+MEMBERS = 3
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,8 +31,8 @@ def make(structure: Structure) -> tuple[Weights, torch.Tensor]:
     value = VALUE if structure in BARE else KEY
     generator = torch.Generator().manual_seed(0)
     if isinstance(structure, together):
-        members = [structure.of.init(KEY, value, LEADING, generator) for _ in structure.residual]
-        weights = structure.join(members)
+        members = [structure.of.init(KEY, value, LEADING, generator) for _ in range(MEMBERS)]
+        weights = side_by_side(members)
     else:
         weights = structure.init(KEY, value, LEADING, generator)
     return tuple(w.to(F64).requires_grad_() for w in weights), normal(*LEADING, TOKENS, KEY, seed=1).requires_grad_()
@@ -40,11 +41,8 @@ def make(structure: Structure) -> tuple[Weights, torch.Tensor]:
 def by_hand(structure: Structure, weights: Weights, keys: torch.Tensor) -> torch.Tensor:
     """The structure written out for plain weights."""
     if isinstance(structure, together):
-        members = []
-        for i, kept in enumerate(structure.residual):
-            values = by_hand(structure.of, tuple(w[..., i, :, :] for w in weights), keys)
-            members.append(values + keys if kept else values)
-        return torch.stack(members, -3)
+        members = [tuple(weight[..., i, :, :] for weight in weights) for i in range(MEMBERS)]
+        return torch.stack([by_hand(structure.of, member, keys) for member in members], -3)
     x = keys
     for index, weight in enumerate(weights):
         if index:
@@ -86,21 +84,6 @@ class TestStructure:
         assert torch.autograd.gradcheck(errors, (keys, error, *weights), fast_mode=True)
 
 
-def test_memories_together_answer_as_each_alone():
-    generator = torch.Generator().manual_seed(2)
-    one = mlp(residual=False)
-    structure = together(one, (True, False, False))
-    members = [tuple(w.to(F64) for w in one.init(KEY, width, LEADING, generator)) for width in (KEY, KEY, 1)]
-    joined = structure.join(members)
-    keys = normal(*LEADING, TOKENS, KEY)
-    values = structure.forward(plain(joined), keys)[0]
-    alone = [one.forward(plain(member), keys)[0] for member in members]
-    torch.testing.assert_close(values[:, :, 0], alone[0] + keys)
-    torch.testing.assert_close(values[:, :, 1], alone[1])
-    torch.testing.assert_close(values[:, :, 2, :, :1], alone[2])
-    assert not values[:, :, 2, :, 1:].any(), "a narrower answer is padded with zeros"
-
-
 def test_init_scales_with_the_fan_in_and_repeats_with_the_seed():
     weights = mlp(depth=3).init(64, 64, (8,), torch.Generator().manual_seed(3))
     again = mlp(depth=3).init(64, 64, (8,), torch.Generator().manual_seed(3))
@@ -121,8 +104,7 @@ def test_init_scales_with_the_fan_in_and_repeats_with_the_seed():
         (lambda: mlp(expansion=0.0), r"expansion must be more than 0, got 0.0"),
         (lambda: mlp(activation="relu"), r"'gelu' or 'silu', got 'relu'"),
         (lambda: mlp().shapes(4, 3), r"mlp\(\).*got 4 and 3.*residual=False"),
-        (lambda: together(mlp(), (True,)), r"together\(mlp\(\).*residual=False"),
-        (lambda: together(together(matrix(), (True,)), (True,)), r"needs matrix\(\) or mlp"),
+        (lambda: together(together(matrix())), r"needs matrix\(\) or mlp"),
     ],
 )
 def test_bad_arguments_are_named(build, message):

@@ -180,8 +180,11 @@ class GeluError(torch.autograd.Function):
         error, x = ctx.saved_tensors
         (g,) = grads
         squared = x * x
-        second = (squared * -0.5).exp() * (2.0 - squared)
-        return GeluError.apply(g, x), second * (g * error) * (1.0 / math.sqrt(2.0 * math.pi))
+        scale = 1.0 / math.sqrt(2.0 * math.pi)
+        if torch.is_grad_enabled():
+            return GeluError.apply(g, x), (squared * -0.5).exp() * (2.0 - squared) * (g * error) * scale
+        second = (squared * -0.5).exp_().mul_(squared.neg_().add_(2.0))
+        return torch.ops.aten.gelu_backward(g, x), second.mul_(g).mul_(error).mul_(scale)
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,35 +192,25 @@ class together(Structure):
     """Several memories of one shape that share their keys, run as one.
 
     Weights stand side by side, [..., n, out, in]; values are [..., n, t, v]. The keys are the same for all, and
-    so is what is computed of them. `residual` says for each memory whether its key is added to its answer. Only
-    for structures without a residual of their own.
+    so is what is computed of them.
     """
 
     of: Structure
-    residual: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.of, matrix) or (isinstance(self.of, mlp) and not self.of.residual)):
-            raise ValueError(f"together({self.of!r}, ...): needs matrix() or mlp(residual=False)")
+        if not isinstance(self.of, (matrix, mlp)):
+            raise ValueError(f"together({self.of!r}): needs matrix() or mlp()")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return self.of.shapes(key_dim, value_dim)
 
-    def join(self, members: list[Weights]) -> Weights:
-        """The weights of the members [h, out, in] as those of the whole [h, n, out, in]; narrower answers are
-        padded with rows of zeros, which stay zero as long as their errors are."""
-        joined = []
-        for maps in zip(*members, strict=True):
-            rows = max(weight.shape[-2] for weight in maps)
-            joined.append(torch.stack([F.pad(weight, (0, 0, 0, rows - weight.shape[-2])) for weight in maps], -3))
-        return tuple(joined)
-
     def forward(self, apply: Apply, keys: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        values, inputs, outputs = self.of.forward(apply, keys.unsqueeze(-3))
-        if any(self.residual):
-            added = [keys if kept else torch.zeros_like(keys) for kept in self.residual]
-            values = values + torch.stack(added, -3)
-        return values, inputs, outputs
+        return self.of.forward(apply, keys.unsqueeze(-3))
 
     def backward(self, weights: Weights, outputs: tuple[Tensor, ...], error: Tensor) -> tuple[Tensor, ...]:
         return self.of.backward(weights, outputs, error)
+
+
+def side_by_side(members: list[Weights]) -> Weights:
+    """The weights of memories of one shape [h, out, in] as those of the whole [h, n, out, in]."""
+    return tuple(torch.stack(maps, -3) for maps in zip(*members, strict=True))

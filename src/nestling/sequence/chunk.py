@@ -21,7 +21,7 @@ from torch import Tensor
 from nestling.memory.rule import Plan
 from nestling.memory.structure import stands_for_many
 
-from .fused import Decay, Look, Write
+from .fused import Decay, Last, Look, Write
 
 
 class Stand(NamedTuple):
@@ -38,7 +38,7 @@ class Transfer(NamedTuple):
     (`after`) and before it (`before`), and to the end. From the gates alone: shared by all maps of a memory."""
 
     after: Stand
-    before: Stand
+    before: Stand | None  # None where no erase, slope or read asks for it
     last: Stand  # `after` its last token: [..., c] of each write and erase, [...] of what stood before the chunk
     decayed: Tensor | None  # M_cj [..., c]: what of each write is left in S at the end; None without momentum
     start_decayed: Tensor | None  # m_c [...]
@@ -63,8 +63,9 @@ class Transfer(NamedTuple):
         return [pieces.map(lambda x: x[index]) for index in range(chunks)]  # noqa: B023
 
 
-def transfer(plan: Plan) -> Transfer:
-    """The matrices that retention, momentum and read-out make of a chunk; [..., c] -> [..., c, c]."""
+def transfer(plan: Plan, *, before: bool = True) -> Transfer:
+    """The matrices that retention, momentum and read-out make of a chunk; [..., c] -> [..., c, c]. `before`: those
+    before each token's own step too, which a rule that erases always needs."""
     *leading, c = plan.write.shape
     start_kept = start_read = decayed = start_decayed = None
     if plan.log_keep is not None:
@@ -78,15 +79,17 @@ def transfer(plan: Plan) -> Transfer:
         if plan.read_out is not None:
             products, first = plan.read_out[..., None] * products, plan.read_out * first
         written, start_read = kept @ products, (kept @ first[..., None])[..., 0]
+    same = written is kept
+    written, written_end = Last.apply(written)
+    kept, kept_end = (written, written_end) if same else Last.apply(kept)
     after = Stand(kept, written, start_kept, start_read)
-    end = kept[..., -1, :]
     last = Stand(
-        end,
-        end if written is kept else written[..., -1, :],
+        kept_end,
+        written_end,
         None if start_kept is None else start_kept[..., -1],
         None if start_read is None else start_read[..., -1],
     )
-    return Transfer(after, _earlier(after), last, decayed, start_decayed)
+    return Transfer(after, _earlier(after) if before or plan.erase is not None else None, last, decayed, start_decayed)
 
 
 def _earlier(after: Stand) -> Stand:
@@ -151,6 +154,10 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
     before = Before.of(weight, plan, inputs)
     stand, last = carry.before, carry.last
     erases = plan.erase is not None
+    if stand is None:  # nothing is seen before its own step, and nothing is asked of this
+        assert not erases
+        assert not slope
+        stand = carry.after
     after, buffer, writes, erased = Write.apply(
         slope,
         *before[:3],
@@ -168,6 +175,7 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
 def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
     stand = chunk.carry.before if before else chunk.carry.after
+    assert stand is not None
     writes, erased, kept = chunk.writes, chunk.erased, stand.kept
     if erased is None or stand.written is stand.kept:
         writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]

@@ -1,41 +1,11 @@
 """The short causal depthwise convolution that stands before keys, values and queries."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .elementwise import Convolve
 from .layout import Layout
-
-
-class Convolve(torch.autograd.Function):
-    """x [b, back + t, d], w [d, back + 1] -> sum_s w_s * x[s : s + t], [b, t, d]: what conv1d with a group a
-    channel computes, without its change of layout; on a CPU its backward takes a third of the time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        taps = weight.t().contiguous()
-        y = _shift(x, 0, taps) * taps[0]
-        for shift in range(1, len(taps)):
-            y.addcmul_(_shift(x, shift, taps), taps[shift])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (g,) = grads
-        taps = weight.t().contiguous()
-        d_x, d_taps = g.new_zeros(x.shape), []
-        for shift in range(len(taps)):
-            _shift(d_x, shift, taps).addcmul_(g, taps[shift])
-            d_taps.append((g * _shift(x, shift, taps)).sum((0, 1)))
-        return d_x, torch.stack(d_taps, -1)
-
-
-def _shift(x: Tensor, shift: int, taps: Tensor) -> Tensor:
-    return x[:, shift : shift + x.shape[1] - len(taps) + 1]
 
 
 class ShortConvolution(nn.Module):
@@ -66,8 +36,9 @@ class ShortConvolution(nn.Module):
         if layout.document is None:
             if layout.begins is not None:
                 tail = torch.where(layout.begins[:, None, None], 0.0, tail)
-            extended = torch.cat([tail.to(x.dtype), x], 1)
-            return Convolve.apply(extended, self.weight), extended[:, -back:]
+            tail = tail.to(x.dtype)
+            after = x[:, -back:] if x.shape[1] >= back else torch.cat([tail, x], 1)[:, -back:]
+            return Convolve.apply(tail, x, self.weight.to(x.dtype)), after
         return self._by_document(x, tail, layout, back)
 
     def _by_document(self, x: Tensor, tail: Tensor, layout: Layout, back: int) -> tuple[Tensor, Tensor]:

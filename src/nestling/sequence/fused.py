@@ -17,10 +17,24 @@ from torch.nn import functional as F
 LOG_ZERO = -60.0  # a gate of exactly 0 counts as e^-60
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """total + alpha a @ b."""
-    flat = (x.reshape(-1, *x.shape[-2:]) for x in (total, a, b))
+def _add(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, *, own: bool = True) -> Tensor:
+    """total + alpha a @ b; written over a total of one's `own`, where no graph needs it."""
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (total, a, b)]
+    if own and total.is_contiguous() and not torch.is_grad_enabled():
+        flat[0].baddbmm_(*flat[1:], alpha=alpha)
+        return total
     return torch.baddbmm(*flat, alpha=alpha).view(total.shape)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, written over x of one's own where no graph needs it: memory just used is still in the caches."""
+    return x * factor if torch.is_grad_enabled() else x.mul_(factor)
+
+
+def _plus(total: Tensor, x: Tensor, factor: Tensor, value: float = 1.0) -> Tensor:
+    """total + value x * factor, written over a total of one's own where no graph needs it."""
+    how = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    return how(total, x, factor, value=value)
 
 
 def _minus(a: Tensor, b: Tensor) -> Tensor:
@@ -66,6 +80,20 @@ class Decay(Function):
         return torch.where(log_gates > LOG_ZERO, gates, 0.0)
 
 
+class Last(Function):
+    """A matrix [..., c, n] -> itself and its last row [..., n], whose gradients meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return matrix.view_as(matrix), matrix[..., -1, :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        total = grads[0].clone()
+        total[..., -1, :] += grads[1]
+        return total
+
+
 class Look(Function):
     """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e: what the weights of every token of a
     chunk answer to x [..., c, in] -> [..., c, out].
@@ -106,12 +134,12 @@ class Look(Function):
         scores, across = _minus(x, inputs.mT), g @ writes.mT
         d_writes = (scores * written).mT @ g
         d_written = (across * scores).sum_to_size(written.shape)
-        d_scores = across * written
+        d_scores = _times(across, written)
         if erased is not None:
             across = g @ erased.mT
             d_erased = (scores * kept).mT @ g
             d_kept = (across * scores).sum_to_size(kept.shape)
-            d_scores = torch.addcmul(d_scores, across, kept)
+            d_scores = _plus(d_scores, across, kept)
         d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
         return d_x, d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
@@ -172,10 +200,12 @@ class Write(Function):
         if start is not None:
             after.add_(start)
         after_buffer = None
-        if buffer is not None and f_end is not None and m_end is not None and decayed is not None:
+        if buffer is not None and f_end is not None:
             after.addcmul_(buffer, f_end[..., None, None])
-            after_buffer = _add(buffer * m_end[..., None, None], (writes * decayed[..., None]).mT, x, -1.0)
         after = _add(after, change.mT, x, -1.0)
+        if buffer is not None and m_end is not None and decayed is not None:
+            change = torch.mul(writes, decayed[..., None], out=change)
+            after_buffer = _add(buffer * m_end[..., None, None], change.mT, x, -1.0)
         ctx.slope = slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -204,22 +234,24 @@ class Write(Function):
         across = _minus(x, g.mT)
         change = writes * written_end[..., None]
         d_written_end = _dots(across, writes, written_end)
-        d_writes = _plus(d_writes, across, written_end)
         if beta is not None:
             erased = seen * beta[..., None]
-            change = torch.addcmul(change, erased, kept_end[..., None])
+            change = _plus(change, erased, kept_end[..., None])
             d_kept_end = _dots(across, erased, kept_end)
-            d_erased = _plus(d_erased, across, kept_end)
+            along = across * kept_end[..., None]
+            d_erased = along if d_erased is None else _sum(along, d_erased)
+        across = _times(across, written_end[..., None])
+        d_writes = across if d_writes is None else _sum(across, d_writes)
         d_x, d_start, d_drift = _minus(change, g), None if start is None else g, g
         if b_end is not None:
             d_b_end, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b_end.shape), g * b_end[..., None, None]
         if buffer is not None:
             d_f_end = (g * buffer).sum((-2, -1)).sum_to_size(f_end.shape)
             d_m_end = (g_buffer * buffer).sum((-2, -1)).sum_to_size(m_end.shape)
-            d_buffer = torch.addcmul(g * f_end[..., None, None], g_buffer, m_end[..., None, None])
+            d_buffer = _plus(g * f_end[..., None, None], g_buffer, m_end[..., None, None])
             across = _minus(x, g_buffer.mT)
             d_decayed = _dots(across, writes, decayed)
-            d_writes = torch.addcmul(d_writes, across, decayed[..., None])
+            d_writes = _plus(d_writes, across, decayed[..., None])
             d_x = _add(d_x, writes * decayed[..., None], g_buffer, -1.0)
         d_fixed = d_writes
 
@@ -229,21 +261,21 @@ class Write(Function):
             if eta is not None:
                 d_eta, d_seen = slope * _dots(d_writes, seen, eta), d_writes * (slope * eta[..., None])
             if beta is not None:
-                d_beta, along = _dots(d_erased, seen, beta), d_erased * beta[..., None]
-                d_seen = along if d_seen is None else d_seen + along
+                d_beta, along = _dots(d_erased, seen, beta), _times(d_erased, beta[..., None])
+                d_seen = along if d_seen is None else _sum(along, d_seen)
             scores, inner = x @ x.mT, _system(slope, eta, beta, written, kept)
             d_known = torch.linalg.solve_triangular((scores * inner).mT, d_seen, upper=True, unitriangular=True)
             d_inner, across = _minus(d_known, seen.mT), _minus(d_known, fixed.mT)
-            d_scores = torch.addcmul(d_inner * inner, across, written)
-            d_inner, d_written = d_inner * scores, across * scores
+            d_scores = _plus(d_inner * inner, across, written)
+            d_inner, d_written = _times(d_inner, scores), _times(across, scores)
             if eta is not None:
-                d_written = torch.addcmul(d_written, d_inner, eta[..., None, :], value=slope)
+                d_written = _plus(d_written, d_inner, eta[..., None, :], slope)
                 d_eta = d_eta + slope * (d_inner * written).sum(-2).sum_to_size(eta.shape)
             if beta is not None:
-                d_kept = (d_inner * beta[..., None, :]).sum_to_size(kept.shape)
                 d_beta = d_beta + (d_inner * kept).sum(-2).sum_to_size(beta.shape)
+                d_kept = _times(d_inner, beta[..., None, :]).sum_to_size(kept.shape)
             d_written = d_written.sum_to_size(written.shape)
-            d_fixed = _add(d_fixed, (scores * written).mT, d_known, -1.0)
+            d_fixed = _add(d_fixed, _times(scores, written).mT, d_known, -1.0)
             d_x = _add(d_x, d_scores + d_scores.mT, x)
             d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
                 d_known, drift, start, buffer, x, b, f, (d_x, d_drift, d_start, d_buffer)
@@ -254,9 +286,9 @@ class Write(Function):
         )
 
 
-def _plus(total: Tensor | None, x: Tensor, gate: Tensor) -> Tensor:
-    """total + gate * x, row by row."""
-    return x * gate[..., None] if total is None else torch.addcmul(total, x, gate[..., None])
+def _sum(own: Tensor, x: Tensor) -> Tensor:
+    """own + x, written over one's own where no graph needs it."""
+    return own + x if torch.is_grad_enabled() else own.add_(x)
 
 
 def _standing(
@@ -265,14 +297,11 @@ def _standing(
     """b * (x D^T) + x Z^T + f * (x S^T): the answer of what stood before the chunk."""
     answer = x @ drift.mT
     if b is not None:
-        answer = answer * b[..., None] if torch.is_grad_enabled() else answer.mul_(b[..., None])
+        answer = _times(answer, b[..., None])
     if start is not None:
         answer = _add(answer, x, start.mT)
     if buffer is not None and f is not None:
-        along = x @ buffer.mT
-        answer = (
-            answer.addcmul(along, f[..., None]) if torch.is_grad_enabled() else answer.addcmul_(along, f[..., None])
-        )
+        answer = _plus(answer, x @ buffer.mT, f[..., None])
     return answer
 
 
@@ -291,20 +320,20 @@ def _standing_backward(
     d_b = d_f = None
 
     def add(total: Tensor | None, a: Tensor) -> Tensor:
-        return g.mT @ a if total is None else _add(total, g.mT, a)
+        return g.mT @ a if total is None else _add(total, g.mT, a, own=False)
 
     if b is None:
         d_drift, d_x = add(d_drift, x), g @ drift if d_x is None else _add(d_x, g, drift)
     else:
         along = g @ drift
         d_b, d_drift = _dots(along, x, b), add(d_drift, x * b[..., None])
-        d_x = along * b[..., None] if d_x is None else d_x.addcmul(along, b[..., None])
+        d_x = _times(along, b[..., None]) if d_x is None else _plus(d_x, along, b[..., None])
     if start is not None:
         d_x, d_start = _add(d_x, g, start), add(d_start, x)
     if buffer is not None and f is not None:
         along = g @ buffer
         d_f, d_buffer = _dots(along, x, f), add(d_buffer, x * f[..., None])
-        d_x = d_x.addcmul(along, f[..., None])
+        d_x = _plus(d_x, along, f[..., None])
     return d_x, d_drift, d_start, d_buffer, d_b, d_f
 
 
@@ -314,27 +343,4 @@ def _system(slope: float, eta: Tensor | None, beta: Tensor | None, written: Tens
         assert eta is not None
         return written * (slope * eta[..., None, :])
     system = kept * beta[..., None, :]
-    return system if eta is None else torch.addcmul(system, written, eta[..., None, :], value=slope)
-
-
-class Unit(Function):
-    """x / |x| over the last dim; of a vector shorter than 1e-12, x / 1e-12."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
-        ctx.save_for_backward(x, inverse)
-        return x * inverse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        (g,) = grads
-        x, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are those of the norm itself
-            inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
-        along = (g * x).sum(-1, keepdim=True) * inverse.pow(3)
-        return torch.addcmul(g * inverse, x, torch.where(inverse < 1e12, along, 0.0), value=-1.0)
-
-
-def unit(x: Tensor) -> Tensor:
-    return Unit.apply(x)
+    return system if eta is None else _plus(system, written, eta[..., None, :], slope)

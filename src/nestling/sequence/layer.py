@@ -11,9 +11,9 @@ from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 
 from .convolution import ShortConvolution
-from .fused import unit
+from .elementwise import Heads
 from .layout import Layout, Piece, lay_out
-from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
+from .mixer import Mixer, MixerModule, Output, check_width, linear, step_bound
 from .scan import Memory, MemoryState, States, Writes, scan
 
 
@@ -96,15 +96,13 @@ class SequenceMemory(MixerModule):
         self, mixed: Tensor, raw: Tensor, layout: Layout, state: MemoryState, start: MemoryState
     ) -> tuple[Tensor, MemoryState]:
         with torch.autocast(mixed.device.type, enabled=False):
-            mixed = F.silu(mixed.to(self.start[0].dtype))
-            queries, keys, values = (split_heads(part, self.heads) for part in mixed.chunk(3, -1))
-            queries, keys = unit(queries), unit(keys)
+            streams = Heads.apply(mixed.to(self.start[0].dtype), 3 * self.heads, 2 * self.heads)
             cut = (layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype)))
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
             whole = layout.valid is None and not self.memory.checkpoint
             carry = self.memory.transfers(state, gates) if whole else [None] * len(gates)
-            k, v, q = (layout.cut(part, -2) for part in (keys, values, queries))
+            q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 opened = self.memory.open(states[0], piece.opens[0])

@@ -70,11 +70,10 @@ class Output(nn.Module):
         self.norm = nn.Parameter(torch.ones(dim))
         self.gate = linear(dim, dim, generator)
         self.project = linear(dim, dim, generator)
-        self.head_dim = dim // heads
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b, h, t, k] and the layer's input x [b, t, d] -> [b, t, d]."""
-        normed = merge_heads(F.rms_norm(y, (self.head_dim,), eps=1e-6)) * self.norm
+        normed = merge_heads(F.rms_norm(y, y.shape[-1:], eps=1e-6)) * self.norm
         return self.project(normed * F.silu(self.gate(x)))
 
 

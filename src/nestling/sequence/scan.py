@@ -155,7 +155,7 @@ class Memory:
         if self.way == "recurrent" or self.rule.scales_buffer:
             return None
         nothing = torch.zeros_like(gates.step_size)  # type: ignore[arg-type]
-        return chunks.transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
+        return self._transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
 
     def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
         """`transfer` of every piece, several of one length at once."""
@@ -169,8 +169,11 @@ class Memory:
 
     def _carry(self, pairs: "Writes", plan: Plan) -> chunks.Transfer:
         if pairs.carry is None:
-            return chunks.transfer(plan)
+            return self._transfer(plan)
         return pairs.carry.map(lambda x: x.unsqueeze(2)) if isinstance(self.structure, together) else pairs.carry
+
+    def _transfer(self, plan: Plan) -> chunks.Transfer:
+        return chunks.transfer(plan, before=self.exact or self.read == "before")
 
     def _errors(self, weights: Weights, pairs: "Writes") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Inputs of every linear map and errors at its output, with the given weights for all tokens."""

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Structure, Weights, matrix, mlp, together
+from nestling.memory.structure import Structure, Weights, matrix, mlp, side_by_side, together
 
 from .convolution import ShortConvolution
-from .fused import unit
+from .elementwise import Heads, unit
 from .layout import Piece, lay_out
-from .mixer import Mixer, MixerModule, Output, check_width, linear, split_heads, step_bound
+from .mixer import Mixer, MixerModule, Output, check_width, linear, step_bound
 from .scan import Memory, MemoryState, States, Writes, scan
 
 PROJECTIONS = ("key", "value", "query", "step_size", "retention")
@@ -54,7 +54,8 @@ class self_modifying(Memory, Mixer):
 
 
 class SelfModifyingState(NamedTuple):
-    """phase: tokens since the larger chunk opened [b]; memories: generators, side by side, and main; bounded: how
+    """phase: tokens since the larger chunk opened [b]; memories: generators of vectors and of gates, side by
+    side, and main; bounded: how
     many step sizes came within 1% of their bound, since the document's start [b]."""
 
     phase: Tensor
@@ -91,16 +92,25 @@ class SelfModifying(MixerModule):
         check_width(dim, heads)
         self.heads, self.expression = heads, expression
         head_dim = dim // heads
-        bare, residual = _bare(expression.structure)
+        bare = _bare(expression.structure)
         self.generated = tuple(name for name in PROJECTIONS if name in expression.generators)
         self.projected = tuple(name for name in _VECTORS if name not in self.generated)
         gates = [name for name in PROJECTIONS[3:] if name not in self.generated]
-        vectors = [name in _VECTORS for name in self.generated]
-        generators = together(bare, tuple(residual and vector for vector in vectors))
+        vectors = [name for name in self.generated if name in _VECTORS]
+        # generators with answers of one width run side by side
+        self.groups = [group for group in (vectors, [name for name in self.generated if name not in vectors]) if group]
         shared = (expression.attentional_bias, expression.rule)
         how: Any = ("chunk", expression.read, expression.way)
         self.memories = (
-            Memory(generators, *shared, expression.projection_chunk, *how),
+            *(
+                Memory(
+                    together(expression.structure if group is vectors else bare),
+                    *shared,
+                    expression.projection_chunk,
+                    *how,
+                )
+                for group in self.groups
+            ),
             Memory(expression.structure, *shared, expression.chunk, *how),
         )
 
@@ -110,7 +120,7 @@ class SelfModifying(MixerModule):
         self.gates = linear((1 + len(gates)) * heads, dim, generator, bias=True, gain=0.3)  # momentum first
         self.value_scale = nn.Parameter(torch.ones(heads))
         self.gate_bias = nn.Parameter(torch.tensor([0.0, 5.0]).repeat(heads, 1))  # step size, retention
-        widths = [head_dim if vector else 1 for vector in vectors]
+        widths = [head_dim if name in vectors else 1 for name in self.generated]
         self.starts = nn.ModuleList(
             nn.ParameterList(bare.init(head_dim, width, (heads,), generator, unit_keys=True))
             for width in (*widths, head_dim)
@@ -121,8 +131,8 @@ class SelfModifying(MixerModule):
 
     def init_state(self, batch: int) -> SelfModifyingState:
         members: list[Weights] = [tuple(start) for start in self.starts]  # type: ignore[arg-type]
-        assert isinstance(self.memories[0].structure, together)
-        starts = (self.memories[0].structure.join(members[:-1]), members[-1])
+        left = iter(members)
+        starts = [side_by_side([next(left) for _ in group]) for group in self.groups] + [members[-1]]
         states = [
             memory.begin(tuple(weight.expand(batch, *weight.shape).contiguous() for weight in start))
             for memory, start in zip(self.memories, starts, strict=True)
@@ -152,22 +162,26 @@ class SelfModifying(MixerModule):
         own = (self.value_scale[:, None, None], self.gate_bias)  # as they are now: a step may be computed again later
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
-            streams = split_heads(F.silu(mixed.to(dtype)), (1 + len(self.projected)) * self.heads)
-            u, *projected = (layout.cut(part, -2) for part in unit(streams).split(self.heads, 1))
+            n = (1 + len(self.projected)) * self.heads
+            streams = Heads.apply(mixed.to(dtype), n, n)
+            u, *projected = (layout.cut(part, -2) for part in streams.split(self.heads, 1))
             raw_gates = layout.cut(raw.to(dtype).mT.unflatten(1, (-1, self.heads)), -1)  # [b, gate, h, c] each
 
             def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 present = layout.present(piece)
-                generators, main = self.memories
-                generating = generators.open(states[0], piece.opens[0])
-                known = main.open(states[1], piece.opens[1])
+                *generators, main = self.memories
+                *opened, known = (
+                    memory.open(state, piece.opens[memory is main])
+                    for memory, state in zip(self.memories, states, strict=True)
+                )
                 vectors = [part[index] for part in projected]
-                q, k, v, gates, near = self.project(generating, u[index], vectors, raw_gates[index], *own)
+                q, k, v, gates, near = self.project(opened, u[index], vectors, raw_gates[index], *own)
                 bounded[index] = (piece, near if present is None else near & present[:, None])
                 carry = main.transfer(known, gates) if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
                 y, known = main.run(known, pairs, q)
-                return y, (generators.run(generating, pairs)[1], known)
+                written = (memory.run(state, pairs)[1] for memory, state in zip(generators, opened, strict=True))
+                return y, (*written, known)
 
             y, memories = scan(layout, state.memories, start.memories, step, checkpoint=self.expression.checkpoint)
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
@@ -176,7 +190,7 @@ class SelfModifying(MixerModule):
 
     def project(
         self,
-        state: MemoryState,
+        states: list[MemoryState],
         u: Tensor,
         projected: list[Tensor],
         raw: Tensor,
@@ -185,7 +199,9 @@ class SelfModifying(MixerModule):
     ) -> tuple[Tensor, Tensor, Tensor, Gates, Tensor]:
         """Queries, keys, values and gates of a piece [b, h, c, .]: from the generators as they were when the chunk
         opened, or as they were projected; and where the step size comes within 1% of its bound."""
-        answers = dict(zip(self.generated, self.memories[0].at_anchor(state, u).unbind(2), strict=True))
+        answers: dict[str, Tensor] = {}
+        for memory, state, group in zip(self.memories, states, self.groups, strict=False):
+            answers |= zip(group, memory.at_anchor(state, u).unbind(2), strict=True)
         fixed = dict(zip(self.projected, projected, strict=True))
         q, k, v = (unit(answers[name]) if name in answers else fixed[name] for name in ("query", "key", "value"))
         momentum, *rest = raw.unbind(1)
@@ -197,12 +213,12 @@ class SelfModifying(MixerModule):
         return q, k, v * value_scale, gates, step_size.detach() > 0.99
 
 
-def _bare(structure: Structure) -> tuple[Structure, bool]:
-    """The structure without its residual, and whether it had one."""
+def _bare(structure: Structure) -> Structure:
+    """The structure without its residual, which can end in a gate."""
     if isinstance(structure, mlp):
-        return replace(structure, residual=False), structure.residual
+        return replace(structure, residual=False)
     if isinstance(structure, matrix):
-        return structure, False
+        return structure
     raise ValueError(f"self_modifying: matrix() and mlp() memories can be made to end in a gate, not {structure}")
 
 

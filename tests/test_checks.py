@@ -28,6 +28,7 @@ MIXERS = {
     "matrix": sequence_memory(matrix(), chunk=8),
     "matrix at token": sequence_memory(matrix(), rule=LINEAR, chunk=8, gradient_at="token"),
     "mlp at token": sequence_memory(mlp(), chunk=8, gradient_at="token", way="recurrent"),
+    "mlp, one step a chunk": sequence_memory(mlp(), chunk=8, read="boundary", way="stepped"),
     "self-modifying": self_modifying(chunk=8, projection_chunk=8),
     "attention": attention(window=8),
 }

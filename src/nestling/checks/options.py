@@ -41,10 +41,10 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     Option by option, also inside the parts (structure, rule, retention, levels): every other choice has to change
     the output, and of a number one of some other values. The expression is made small first: widths, chunks,
     periods, bounds. A variant has the base's parameters where their names and shapes agree, else it is built anew.
-    Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way`,
-    `checkpoint`, `chunk` where gradients are taken at every token, and options whose path is in `neutral`.
-    Options without another legal value, and those that a level's rule does not use, are named in `detail` and not
-    judged. Measured: how many options break this.
+    Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way` between
+    "chunked" and "recurrent", `checkpoint`, `chunk` where gradients are taken at every token, and options whose path
+    is in `neutral`. Options without another legal value, and those that a level's rule does not use, are named in
+    `detail` and not judged. Measured: how many options break this.
     """
     expression = model.config if isinstance(model, Decoder) else model
     if not isinstance(expression, Mixer | ModelConfig):
@@ -104,10 +104,11 @@ def variants(part: Any, path: str = "") -> Iterator[Variant]:
         name, value = field.name, getattr(part, field.name)
         if name in unused:
             continue
-        neutral = name in ("way", "checkpoint") or (name == "chunk" and getattr(part, "exact", False))
+        neutral = name == "checkpoint" or (name == "chunk" and getattr(part, "exact", False))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         for other in _others(kinds[name], value):
-            yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral))
+            same = name == "way" and "stepped" not in (value, other)  # two ways to the same numbers
+            yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral or same))
         if isinstance(value, Part):
             for inner in variants(value, f"{path}{name}."):
                 yield from _replaced(part, inner.path, name, inner)

@@ -98,6 +98,43 @@ def naive_memory(
     return NaiveRun(torch.stack(reads), memory.running, memory.momentum)
 
 
+def naive_stepped(
+    choices: Choices,
+    weights: Maps,
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    step_size: Tensor,
+    momentum: Tensor,
+    log_retention: Tensor,
+) -> NaiveRun:
+    """One step for every whole chunk of `choices.chunk` tokens; a token reads what stood before its chunk::
+
+        L(W) = sum_t eta_t loss(M_W(k_t), v_t)     over the chunk
+        S <- m S - dL/dW                           m: the mean of the chunk's; dampened: (1 - m) dL/dW
+        W <- a W + S                               a: the product of the chunk's; or W_0 + a (W - W_0) + S
+
+    Arguments as of `naive_memory`; of `choices`, also objective, residual, activation and decay_to. Source: LaCT.
+    """
+    running, buffers, reads = list(weights), [torch.zeros_like(w) for w in weights], []
+    for first in range(0, keys.shape[0], choices.chunk):
+        tokens = range(first, min(first + choices.chunk, keys.shape[0]))
+        reads += [_answer(choices, tuple(running), queries[t]) for t in tokens]
+        if len(tokens) < choices.chunk:
+            break
+        gradients = [torch.zeros_like(w) for w in weights]
+        for t in tokens:
+            inputs, errors = _errors(choices, tuple(running), keys[t], values[t])
+            for i, (x, error) in enumerate(zip(inputs, errors, strict=True)):
+                gradients[i] = gradients[i] + step_size[t] * torch.outer(error, x)
+        m, a = momentum[list(tokens)].mean(), log_retention[list(tokens)].sum().exp()
+        for i, gradient in enumerate(gradients):
+            forgotten_to = weights[i] if choices.decay_to == "start" else 0.0
+            buffers[i] = m * buffers[i] - ((1 - m) * gradient if choices.dampened else gradient)
+            running[i] = forgotten_to + a * (running[i] - forgotten_to) + buffers[i]
+    return NaiveRun(torch.stack(reads), tuple(running), tuple(buffers))
+
+
 class NaiveSelfModifying(NamedTuple):
     """What a self-modifying run leaves: reads [t, v], the weights of each memory, and the tokens' step sizes."""
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .part import Part
 from .retention import Retention, decay
+from .state import select
 
 State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
@@ -543,14 +544,4 @@ class every(Rule):
         if bool(tick.all()):
             return stepped, after
         before = EveryState(elapsed, total, inputs, state.of)
-        return torch.where(tick[..., None, None], stepped, weight), _where(tick, after, before)
-
-
-def _where(tick: Tensor, after: State, before: State) -> State:
-    """`after` where `tick` [...] is true, else `before`, through a nested state."""
-    if isinstance(after, Tensor):
-        return torch.where(tick.view(*tick.shape, *[1] * (after.dim() - tick.dim())), after, before)
-    if isinstance(after, tuple):
-        picked = [_where(tick, a, b) for a, b in zip(after, before, strict=True)]
-        return type(after)(*picked) if hasattr(after, "_fields") else tuple(picked)
-    return after
+        return torch.where(tick[..., None, None], stepped, weight), select(tick, after, before)

@@ -27,12 +27,13 @@ def clone(state: Any) -> Any:
     return map_tensors(torch.clone, state)
 
 
-def select(rows: Tensor, chosen: Any, other: Any) -> Any:
-    """Row by row (dim 0), `chosen` where `rows` [b] is true and `other` elsewhere; both states alike in shape."""
+def select(where: Tensor, chosen: Any, other: Any) -> Any:
+    """`chosen` where `where` is true and `other` elsewhere, by the leading dims that `where` has ([b]: row by row);
+    both states alike in shape."""
     if isinstance(chosen, Tensor):
-        return torch.where(rows.view(-1, *[1] * (chosen.dim() - 1)), chosen, other)
+        return torch.where(where.view(*where.shape, *[1] * (chosen.dim() - where.dim())), chosen, other)
     if isinstance(chosen, tuple):
-        picked = [select(rows, a, b) for a, b in zip(chosen, other, strict=True)]
+        picked = [select(where, a, b) for a, b in zip(chosen, other, strict=True)]
         return type(chosen)(*picked) if hasattr(chosen, "_fields") else tuple(picked)
     return chosen
 

@@ -29,6 +29,7 @@ from nestling.memory.state import select
 from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
 
 from . import chunk as chunks
+from . import stepped
 from .layout import Layout, Piece
 
 
@@ -55,7 +56,8 @@ class Memory:
     chunk is then only how the work is split. gradient_at="chunk": errors and layer inputs frozen at the weights on
     which the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its
     own write; "before": as they stood before it; "boundary": those on which its chunk opened (equation 90).
-    way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule.
+    way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule;
+    "stepped": one `rule.step` a chunk on the chunk's summed gradient, taken when the next one opens, for any rule.
     checkpoint: in training, keep the states between chunks only, and compute each chunk again for its gradients.
     Oracle: `memory.naive`.
     """
@@ -66,7 +68,7 @@ class Memory:
     chunk: int = 64
     gradient_at: Literal["token", "chunk"] = "chunk"
     read: Literal["after", "before", "boundary"] = "after"
-    way: Literal["chunked", "recurrent"] = "chunked"
+    way: Literal["chunked", "recurrent", "stepped"] = "chunked"
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +88,11 @@ class Memory:
                     f"gradient_at='token' has a chunked form for biases that are linear in the read, not for "
                     f"{self.attentional_bias}; use gradient_at='chunk' or way='recurrent'"
                 )
+        if self.way == "stepped" and (self.exact or self.read != "boundary"):
+            raise ValueError(
+                "way='stepped' takes one step a chunk and reads what stood before it: it needs gradient_at='chunk' and "
+                f"read='boundary', got {self.gradient_at!r} and {self.read!r}"
+            )
         if self.exact and self.read == "boundary":
             raise ValueError("read='boundary' needs gradient_at='chunk': at every token there is no boundary")
 
@@ -95,13 +102,19 @@ class Memory:
 
     def begin(self, weights: Weights) -> MemoryState:
         """The state at a document's start, from initial weights [b, h, out, in]."""
-        return MemoryState(() if self.exact else weights, weights, tuple(self.rule.init(w) for w in weights))
+        begin = partial(stepped.begin, self.rule) if self.way == "stepped" else self.rule.init
+        return MemoryState(() if self.exact else weights, weights, tuple(begin(w) for w in weights))
 
     def open(self, state: MemoryState, rows: bool | Tensor) -> MemoryState:
         """The state with a new chunk opened in `rows`: gradients are taken at the current weights from here."""
         if self.exact or rows is False:
             return state
-        opened = MemoryState(state.running, state.running, tuple(self.rule.anchor(s) for s in state.rule))
+        if self.way == "stepped":
+            maps = zip(state.running, state.rule, strict=True)
+            running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk) for pair in maps), strict=True)
+        else:
+            running, rules = state.running, tuple(self.rule.anchor(s) for s in state.rule)
+        opened = MemoryState(running, running, rules)
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
@@ -114,7 +127,8 @@ class Memory:
 
         Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state.
         """
-        return (self._chunked if self.way == "chunked" else self._recurrent)(state, pairs, queries)
+        ways = {"chunked": self._chunked, "recurrent": self._recurrent, "stepped": self._stepped}
+        return ways[self.way](state, pairs, queries)
 
     def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
         maps, norms = self._write(state, pairs)
@@ -152,7 +166,7 @@ class Memory:
 
     def transfer(self, state: MemoryState, gates: Gates) -> chunks.Transfer | None:
         """What the gates [b, h, c] of a piece, or [n, b, h, c] of several, make of it; None where that takes more."""
-        if self.way == "recurrent" or self.rule.scales_buffer:
+        if self.way != "chunked" or self.rule.scales_buffer:
             return None
         nothing = torch.zeros_like(gates.step_size)  # type: ignore[arg-type]
         return self._transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
@@ -184,13 +198,18 @@ class Memory:
         error = self.attentional_bias.error(answers, values)
         return inputs, self.structure.backward(weights, outputs, error)
 
-    def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:
-        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] where memories run
-        together; and the squared norms of those inputs."""
+    def _gates(self, pairs: "Writes") -> tuple[Gates, Tensor | None]:
+        """Gates and tokens that count [b, h, c], or [b, h, 1, c] where memories run together."""
         gates, counted = pairs.gates, pairs.counted()
         if isinstance(self.structure, together):
             gates = Gates(*(gate.unsqueeze(2) if isinstance(gate, Tensor) else gate for gate in gates))
             counted = None if counted is None else counted.unsqueeze(2)
+        return gates, counted
+
+    def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:
+        """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] where memories run
+        together; and the squared norms of those inputs."""
+        gates, counted = self._gates(pairs)
         squared = inputs.square().sum(-1) if counted is None else inputs.square().sum(-1) * counted
         norms = Norms(squared, None if error is None else error.square().sum(-1))
         plan = self.rule.plan(gates, norms, rule_state, self.exact)
@@ -214,14 +233,24 @@ class Memory:
     def _recurrent(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
         reads = []
         for t in range(pairs.keys.shape[-2]):
-            stepped = self._step(state, pairs.at(t))
+            after = self._step(state, pairs.at(t))
             if pairs.valid is not None:
-                stepped = select(pairs.valid[:, t], stepped, state)
+                after = select(pairs.valid[:, t], after, state)
             if queries is not None:
-                standing = {"after": stepped.running, "before": state.running, "boundary": state.anchor}[self.read]
+                standing = {"after": after.running, "before": state.running, "boundary": state.anchor}[self.read]
                 reads.append(self.structure.forward(plain(standing), queries[..., t : t + 1, :])[0])
-            state = stepped
+            state = after
         return (torch.cat(reads, -2) if reads else pairs.values), state
+
+    def _stepped(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        inputs, errors = self._errors(state.anchor, pairs)
+        gates, counted = self._gates(pairs)
+        rules = tuple(
+            stepped.add(pending, error, x, gates, counted)
+            for pending, error, x in zip(state.rule, errors, inputs, strict=True)
+        )
+        y = pairs.values if queries is None else self.at_anchor(state, queries)
+        return y, state._replace(rule=rules)
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
         """One token by the rule itself."""
@@ -231,8 +260,8 @@ class Memory:
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
             # [b, h, 1] stands for [b, h, n] where memories run together
             gates = pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
-            stepped, after = self.rule.step(weight, Pairs(error, x), before, gates)
-            running.append(stepped)
+            weight, after = self.rule.step(weight, Pairs(error, x), before, gates)
+            running.append(weight)
             rules.append(after)
         return MemoryState(state.anchor, tuple(running), tuple(rules))
 
@@ -265,7 +294,7 @@ class Writes(NamedTuple):
 _CHOICES = {
     "gradient_at": ("token", "chunk"),
     "read": ("after", "before", "boundary"),
-    "way": ("chunked", "recurrent"),
+    "way": ("chunked", "recurrent", "stepped"),
 }
 
 

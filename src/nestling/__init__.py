@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nestling.checks import check as check
+    from nestling.learner import load_state as load_state
+    from nestling.learner import save_state as save_state
     from nestling.levels import Continuum as Continuum
     from nestling.levels import Reader as Reader
     from nestling.levels import ReadingState as ReadingState
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 # Names are looked up when they are first used: importing the package costs nothing, torch included.
 _ROOMS = {
     "checks": ("check",),
+    "learner": ("load_state", "save_state"),
     "levels": ("Continuum", "Reader", "ReadingState", "level", "mean_surprise"),
     "memory": [
         "Gates",

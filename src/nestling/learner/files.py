@@ -42,7 +42,7 @@ def write_generation(root: Path, number: int, contents: Contents, *, keep: int =
     temporary.mkdir()
     try:
         for name, content in contents.items():
-            data = content.encode() if isinstance(content, str) else save(_contiguous(content))
+            data = content.encode() if isinstance(content, str) else save(contiguous(content))
             _write_through(temporary / name, data)
         _sync_folder(temporary)
         os.replace(temporary, final)
@@ -87,7 +87,8 @@ def read_generation(folder: Path) -> Generation:
     return Generation(folder, int(folder.name), tensors, data)
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory with one another, as safetensors asks."""
     return {name: tensor.detach().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
 
 

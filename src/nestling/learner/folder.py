@@ -17,6 +17,7 @@ from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
 
 from .files import Generation, newest, read_generation, write_generation
+from .states import fingerprint
 
 FORMAT = 1
 
@@ -31,11 +32,8 @@ class SavedModel(NamedTuple):
 
 def model_hash(model: Decoder) -> str:
     """What a life says that it fits: a digest of the model's expression and weights."""
-    digest = hashlib.sha256(json.dumps(to_data(model.config), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    config = json.dumps(to_data(model.config), sort_keys=True)
+    return hashlib.sha256(f"{config} {fingerprint(model)}".encode()).hexdigest()[:16]
 
 
 def find_training(directory: Path) -> Path:

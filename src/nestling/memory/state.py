@@ -1,6 +1,6 @@
 """States are nested NamedTuples of tensors; here is how to walk, name and rebuild them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,47 @@ def detach(state: Any) -> Any:
 def clone(state: Any) -> Any:
     """A copy that shares nothing with the state."""
     return map_tensors(torch.clone, state)
+
+
+def to(state: Any, *where: Any) -> Any:
+    """The state on another device or in another dtype, as `Tensor.to` spells it; whole numbers keep their dtype."""
+    moved = [x for x in where if not isinstance(x, torch.dtype)]
+    kinds = [x for x in where if isinstance(x, torch.dtype)]
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(*moved, *(kinds if tensor.is_floating_point() else [])) if where else tensor
+
+    return map_tensors(move, state)
+
+
+def rows(state: Any, index: int | slice | Tensor) -> Any:
+    """Some rows of a state (dim 0), as a state of their own."""
+    index = slice(index, index + 1 or None) if isinstance(index, int) else index
+    return map_tensors(lambda tensor: tensor[index], state)
+
+
+def stack(states: Sequence[Any]) -> Any:
+    """The rows of several states as one state. Raises ValueError where there is none, or shapes differ."""
+    if not states:
+        raise ValueError("stack needs at least one state")
+    first = states[0]
+    if isinstance(first, Tensor):
+        if any(other.shape[1:] != first.shape[1:] for other in states):
+            raise ValueError(f"states of different shapes: {', '.join(str(list(x.shape)) for x in states)}")
+        return torch.cat(list(states), 0)
+    if isinstance(first, tuple):
+        joined = [stack(parts) for parts in zip(*states, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
+    return first
+
+
+def difference(state: Any, other: Any) -> dict[str, float]:
+    """By how much two states of one shape differ, tensor by tensor: the largest absolute difference."""
+    theirs = flatten(detach(other))
+    return {
+        name: float((tensor.double() - theirs[name].double()).abs().max()) if tensor.numel() else 0.0
+        for name, tensor in flatten(detach(state)).items()
+    }
 
 
 def select(where: Tensor, chosen: Any, other: Any) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,38 @@ def test_other_models_pass_what_applies(model: Any) -> None:
     assert {finding.name for finding in report if finding.skipped} == NOT_APPLICABLE
     assert all(finding.detail and finding.passed is None for finding in report if finding.skipped)
     assert not checks.check(model, only=NOT_APPLICABLE).passed, "what is skipped has not passed"
+
+
+class Plain(nn.Module):
+    """Logits alone, or in an object, from a causal mean of embeddings; or from a mean of all of them."""
+
+    def __init__(self, wrapped: bool = False, causal: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+        self.wrapped, self.causal = wrapped, causal
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = self.embed(tokens)
+        count = torch.arange(1, tokens.shape[1] + 1)[:, None]
+        x = x.cumsum(1) / count if self.causal else x.mean(1, keepdim=True).expand_as(x)
+        logits = self.head(torch.tanh(x))
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_of_logits_alone_is_held_against_what_applies(wrapped: bool) -> None:
+    report = checks.check(Plain(wrapped), steps=30)
+    assert report.passed, str(report)
+    assert {finding.name for finding in report if finding.skipped} == NOT_APPLICABLE | {"split_invariance"}
+    assert report["split_invariance"].detail == "the model returns no state"
+    leaky = checks.check(Plain(wrapped, causal=False), only=["causality"])
+    assert leaky["causality"].passed is False
+
+
+def test_what_answers_with_anything_else_is_said() -> None:
+    with pytest.raises(ValueError, match=r"answers tokens \[1, 2\] with \[1, 2\]; needed are logits \[1, 2, V\]"):
+        checks.check(nn.Sequential(nn.Embedding(17, 1), nn.Flatten(1)))
 
 
 def test_initial_loss_of_another_model() -> None:

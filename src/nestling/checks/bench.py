@@ -32,6 +32,31 @@ class SequenceModel(Protocol):
     def __call__(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
 
 
+class LogitsOnly(nn.Module):
+    """A model whose call returns logits [b, t, V] alone, or an object with `logits`, as one of the protocol: its
+    state is None, which checks that need one skip."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        answer = self.model(tokens)
+        return getattr(answer, "logits", answer), None
+
+
+def sequence_model(model: Any) -> Any:
+    """The model as the checks call it. Raises ValueError where a call on tokens does not answer with logits."""
+    answer = model(torch.zeros(1, 2, dtype=torch.int64, device=device_of(model)))
+    if isinstance(answer, tuple) and not hasattr(answer, "logits"):
+        return model
+    logits = getattr(answer, "logits", answer)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, 2):
+        told = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model answers tokens [1, 2] with {told}; needed are logits [1, 2, V]")
+    return LogitsOnly(model)
+
+
 @contextmanager
 def sealed() -> Iterator[None]:
     """No gradients, and the global random state as it was before; what is random inside is the same each time."""
@@ -124,9 +149,10 @@ def span_of(model: Any) -> int:
 
 
 def snapshot(thing: Any) -> dict[str, Tensor]:
-    """Copies of everything in a state, or of a module's parameters and buffers, by name."""
+    """Copies of everything in a state, or of what a module saves, by name: a cache that it does not save may change,
+    if no answer does."""
     if isinstance(thing, nn.Module):
-        named = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
+        named = dict(thing.state_dict())
     elif hasattr(thing, "parameters"):
         named = {str(index): parameter for index, parameter in enumerate(thing.parameters())}
     else:

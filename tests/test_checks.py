@@ -29,6 +29,7 @@ MIXERS = {
     "matrix": sequence_memory(matrix(), chunk=8),
     "matrix at token": sequence_memory(matrix(), rule=LINEAR, chunk=8, gradient_at="token"),
     "mlp at token": sequence_memory(mlp(), chunk=8, gradient_at="token", way="recurrent"),
+    "mlp, a window": sequence_memory(mlp(), rule=retain(decay(), momentum()), chunk=8, window=3),
     "mlp, one step a chunk": sequence_memory(mlp(), chunk=8, read="boundary", way="stepped"),
     "self-modifying": self_modifying(chunk=8, projection_chunk=8),
     "attention": attention(window=8),

@@ -104,7 +104,7 @@ def surprise_falls(model: SequenceModel | Memory, *, seed: int = 0, times: int =
     keys, values = torch.randn(2, 1, heads, memory.chunk, width, dtype=torch.float64, generator=generator)
     keys = torch.nn.functional.normalize(keys, dim=-1)
     start = memory.structure.init(width, width, (1, heads), generator, unit_keys=True)
-    step_size = torch.full((1, heads, memory.chunk), 0.25 / memory.chunk, dtype=torch.float64)
+    step_size = torch.full((1, heads, memory.chunk), 0.25 / (memory.chunk * memory.window), dtype=torch.float64)
     state: MemoryState = memory.begin(tuple(weight.double() for weight in start))
     surprises = []
     for _ in range(times):

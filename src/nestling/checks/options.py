@@ -86,7 +86,7 @@ def small(part: Any) -> Any:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if field.name in _SMALL and isinstance(value, int | float):
-            changes[field.name] = _SMALL[field.name]
+            changes[field.name] = min(value, _SMALL[field.name])
         elif isinstance(value, Part):
             changes[field.name] = small(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], level):

@@ -98,6 +98,45 @@ def naive_memory(
     return NaiveRun(torch.stack(reads), memory.running, memory.momentum)
 
 
+def naive_window(
+    choices: Choices,
+    weights: Maps,
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    step_size: Tensor,
+    momentum: Tensor,
+    log_retention: Tensor,
+    window: int,
+) -> NaiveRun:
+    """The Omega rule: each token's step is on the sum of the losses of the last `window` pairs::
+
+        g_t = sum_{t - window < i <= t} dL(k_i, v_i)/dW        at the weights on which the chunk opened, or W_{t-1}
+        S_t = m_t S_{t-1} - eta_t g_t        dampened: (1 - m_t) eta_t g_t
+        W_t = a_t W_{t-1} + S_t              or W_0 + a_t (W_{t-1} - W_0) + S_t
+
+    Arguments as of `naive_memory`; of `choices`, objective, residual, activation, decay_to, dampened, chunk and read.
+    Source: ATLAS, equations 8 to 11, with the signs of descent.
+    """
+    running, anchor, buffers, reads = list(weights), list(weights), [torch.zeros_like(w) for w in weights], []
+    for t in range(keys.shape[0]):
+        if t % choices.chunk == 0:
+            anchor = list(running)
+        before = tuple(running)
+        for i in range(len(weights)):
+            gradient = torch.zeros_like(weights[i])
+            for other in range(max(0, t - window + 1), t + 1):
+                inputs, errors = _errors(choices, tuple(anchor), keys[other], values[other])
+                gradient = gradient + torch.outer(errors[i], inputs[i])
+            surprise = -step_size[t] * gradient * ((1 - momentum[t]) if choices.dampened else 1.0)
+            forgotten_to = weights[i] if choices.decay_to == "start" else 0.0
+            buffers[i] = momentum[t] * buffers[i] + surprise
+            running[i] = forgotten_to + log_retention[t].exp() * (running[i] - forgotten_to) + buffers[i]
+        standing = {"after": tuple(running), "before": before, "boundary": tuple(anchor)}[choices.read]
+        reads.append(_answer(choices, standing, queries[t]))
+    return NaiveRun(torch.stack(reads), tuple(running), tuple(buffers))
+
+
 def naive_stepped(
     choices: Choices,
     weights: Maps,

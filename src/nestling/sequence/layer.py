@@ -64,12 +64,13 @@ class SequenceMemory(MixerModule):
             self.gates.bias[2 * heads :].fill_(5.0)  # retention starts at 0.993 a token
         self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
+        self.widths = (head_dim, head_dim)
         self.step_bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
 
     def init_state(self, batch: int) -> SequenceState:
         weights = tuple(weight.expand(batch, *weight.shape).contiguous() for weight in self.start)
         phase = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
-        return SequenceState(phase, self.convolution.init_state(batch), self.memory.begin(weights))
+        return SequenceState(phase, self.convolution.init_state(batch), self.memory.begin(weights, self.widths))
 
     def forward(
         self,

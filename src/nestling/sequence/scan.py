@@ -30,6 +30,7 @@ from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, to
 
 from . import chunk as chunks
 from . import stepped
+from . import window as windows
 from .layout import Layout, Piece
 
 
@@ -43,6 +44,7 @@ class MemoryState(NamedTuple):
     anchor: Weights
     running: Weights
     rule: tuple[Any, ...]
+    recent: windows.Recent | tuple[()] = ()  # of a memory with a window
 
 
 States = tuple[MemoryState, ...]
@@ -58,6 +60,7 @@ class Memory:
     own write; "before": as they stood before it; "boundary": those on which its chunk opened (equation 90).
     way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule;
     "stepped": one `rule.step` a chunk on the chunk's summed gradient, taken when the next one opens, for any rule.
+    window: how many of the last tokens' pairs each token's step is on (the Omega rule).
     checkpoint: in training, keep the states between chunks only, and compute each chunk again for its gradients.
     Oracle: `memory.naive`.
     """
@@ -70,6 +73,7 @@ class Memory:
     read: Literal["after", "before", "boundary"] = "after"
     way: Literal["chunked", "recurrent", "stepped"] = "chunked"
     checkpoint: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -93,17 +97,34 @@ class Memory:
                 "way='stepped' takes one step a chunk and reads what stood before it: it needs gradient_at='chunk' and "
                 f"read='boundary', got {self.gradient_at!r} and {self.read!r}"
             )
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token, got {self.window}")
+        if self.window > 1 and (self.way == "stepped" or (self.way == "chunked" and self._alone)):
+            raise ValueError(
+                f"window={self.window} has a chunked form with gradient_at='chunk' for rules that do not look at a "
+                f"map's inputs, not for {self.rule} at {self.gradient_at!r} in way={self.way!r}; use way='recurrent'"
+            )
         if self.exact and self.read == "boundary":
             raise ValueError("read='boundary' needs gradient_at='chunk': at every token there is no boundary")
+
+    @property
+    def _alone(self) -> bool:
+        """Can a chunk only be computed where every step is on one pair?"""
+        return self.exact or self.rule.needs_inputs or self.rule.scales_buffer
 
     @property
     def exact(self) -> bool:
         return self.gradient_at == "token"
 
-    def begin(self, weights: Weights) -> MemoryState:
-        """The state at a document's start, from initial weights [b, h, out, in]."""
+    def begin(self, weights: Weights, widths: tuple[int, int] | None = None) -> MemoryState:
+        """The state at a document's start, from initial weights [b, h, out, in]; widths: of keys and values, where a
+        window remembers some and they are not those of the first and the last map."""
         begin = partial(stepped.begin, self.rule) if self.way == "stepped" else self.rule.init
-        return MemoryState(() if self.exact else weights, weights, tuple(begin(w) for w in weights))
+        recent: Any = ()
+        if self.window > 1:
+            widths = widths or (weights[0].shape[-1], weights[-1].shape[-2])
+            recent = windows.begin(weights[0], self.window - 1, *widths)
+        return MemoryState(() if self.exact else weights, weights, tuple(begin(w) for w in weights), recent)
 
     def open(self, state: MemoryState, rows: bool | Tensor) -> MemoryState:
         """The state with a new chunk opened in `rows`: gradients are taken at the current weights from here."""
@@ -114,7 +135,7 @@ class Memory:
             running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk) for pair in maps), strict=True)
         else:
             running, rules = state.running, tuple(self.rule.anchor(s) for s in state.rule)
-        opened = MemoryState(running, running, rules)
+        opened = state._replace(anchor=running, running=running, rule=rules)
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
@@ -131,7 +152,12 @@ class Memory:
         return ways[self.way](state, pairs, queries)
 
     def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
-        maps, norms = self._write(state, pairs)
+        recent = state.recent
+        if isinstance(recent, windows.Recent):
+            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid)
+            (maps, norms), recent = self._write_windows(state, pairs, joined), joined.after
+        else:
+            maps, norms = self._write(state, pairs)
         y = pairs.values
         if queries is not None and self.read == "boundary":
             y = self.at_anchor(state, queries)
@@ -142,7 +168,22 @@ class Memory:
             self.rule.close(rule_state, ChunkEnd(chunk.buffer, norm.sum(-1)))
             for rule_state, norm, chunk in zip(state.rule, norms, maps, strict=True)
         )
-        return y, MemoryState(state.anchor, tuple(chunk.weight for chunk in maps), rules)
+        return y, MemoryState(state.anchor, tuple(chunk.weight for chunk in maps), rules, recent)
+
+    def _write_windows(
+        self, state: MemoryState, pairs: "Writes", joined: windows.Joined
+    ) -> tuple[list[chunks.MapChunk], list[Tensor]]:
+        """`_write` where every token's step is on the pairs of its window."""
+        inputs, errors = self._errors(state.anchor, pairs._replace(keys=joined.keys, values=joined.values))
+        n = pairs.keys.shape[-2]
+        maps, all_norms = [], []
+        for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
+            plan, norms = self._plan(pairs, x[..., -n:, :], None, state.rule[i])
+            carry = windows.spread(self._carry(pairs, plan), plan.write, joined.band)
+            once = plan._replace(write=torch.ones_like(error[..., 0]))
+            maps.append(chunks.write(once, carry, weight, x, error))
+            all_norms.append(norms)
+        return maps, all_norms
 
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
@@ -254,7 +295,14 @@ class Memory:
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
         """One token by the rule itself."""
+        recent = state.recent
+        if isinstance(recent, windows.Recent):
+            joined = windows.join(recent, pair.keys, pair.values, None)
+            pair, recent = pair._replace(keys=joined.keys, values=joined.values), joined.after
         inputs, errors = self._errors(state.running if self.exact else state.anchor, pair)
+        if isinstance(recent, windows.Recent):
+            inside = joined.band[:, :, 0, :, None]
+            inputs, errors = (tuple(x * inside for x in of) for of in (inputs, errors))
         running, rules = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
@@ -263,7 +311,7 @@ class Memory:
             weight, after = self.rule.step(weight, Pairs(error, x), before, gates)
             running.append(weight)
             rules.append(after)
-        return MemoryState(state.anchor, tuple(running), tuple(rules))
+        return MemoryState(state.anchor, tuple(running), tuple(rules), recent)
 
 
 class Writes(NamedTuple):

@@ -38,6 +38,8 @@ class self_modifying(Memory, Mixer):
         super().__post_init__()
         if self.exact:
             raise ValueError("self_modifying needs gradient_at='chunk': targets are made where the chunk opened")
+        if self.window != 1:
+            raise ValueError(f"self_modifying: every memory steps on its own pair, window must be 1, got {self.window}")
         small, large = sorted((self.chunk, self.projection_chunk))
         if small < 1 or large % small:
             raise ValueError(

@@ -1,6 +1,16 @@
 """Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
 
-from .attentional_bias import AttentionalBias, dot, l2
+from .attentional_bias import (
+    AttentionalBias,
+    dot,
+    huber_coordinates,
+    huber_norm,
+    huber_switch,
+    l2,
+    lp,
+    residual_l2,
+    value_shift,
+)
 from .part import Part, all_variants, known, parse
 from .retention import Retention, decay, decay_to_start
 from .rule import (
@@ -44,15 +54,21 @@ __all__ = [
     "dot",
     "every",
     "gradient_descent",
+    "huber_coordinates",
+    "huber_norm",
+    "huber_switch",
     "known",
     "l2",
+    "lp",
     "matrix",
     "mlp",
     "momentum",
     "normalize",
     "parse",
     "plain",
+    "residual_l2",
     "retain",
     "scale",
     "surprise",
+    "value_shift",
 ]

@@ -137,7 +137,8 @@ class Memory:
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = self._carry(pairs, plan)
-            fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+            target = self.attentional_bias.target(pairs.keys, pairs.values)
+            fixed = self.attentional_bias.error(torch.zeros_like(target), target)
             return [chunks.write(plan, carry, state.running[0], pairs.keys, fixed, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
@@ -181,7 +182,8 @@ class Memory:
         if pairs.own_targets:
             values = self.structure.forward(plain(weights), values)[0]
         answers, inputs, outputs = self.structure.forward(plain(weights), pairs.keys)
-        error = self.attentional_bias.error(answers, values)
+        keys = pairs.keys.unsqueeze(2) if isinstance(self.structure, together) else pairs.keys
+        error = self.attentional_bias.error(answers, self.attentional_bias.target(keys, values))
         return inputs, self.structure.backward(weights, outputs, error)
 
     def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:

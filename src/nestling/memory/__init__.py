@@ -11,6 +11,8 @@ from .attentional_bias import (
     residual_l2,
     value_shift,
 )
+from .compound import biased, features, normed
+from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
 from .part import Part, all_variants, known, parse
 from .retention import Retention, decay, decay_to_start
 from .rule import (
@@ -31,10 +33,11 @@ from .rule import (
     scale,
     surprise,
 )
-from .structure import Structure, Weights, matrix, mlp, plain
+from .structure import Structure, Weights, gated_mlp, matrix, mlp, plain
 
 __all__ = [
     "AttentionalBias",
+    "FeatureMap",
     "Gates",
     "Gradient",
     "Pairs",
@@ -46,17 +49,23 @@ __all__ = [
     "Summed",
     "Weights",
     "all_variants",
+    "biased",
     "clip",
     "dampen",
     "decay",
     "decay_to_start",
     "delta_gradient_descent",
     "dot",
+    "elu_plus_one",
     "every",
+    "exponential",
+    "features",
+    "gated_mlp",
     "gradient_descent",
     "huber_coordinates",
     "huber_norm",
     "huber_switch",
+    "identity",
     "known",
     "l2",
     "lp",
@@ -64,8 +73,10 @@ __all__ = [
     "mlp",
     "momentum",
     "normalize",
+    "normed",
     "parse",
     "plain",
+    "polynomial",
     "residual_l2",
     "retain",
     "scale",

@@ -26,7 +26,7 @@ from nestling.memory.rule import (
     retain,
 )
 from nestling.memory.state import select
-from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
+from nestling.memory.structure import Structure, Weights, mlp, plain, together
 
 from . import chunk as chunks
 from .layout import Layout, Piece
@@ -76,9 +76,9 @@ class Memory:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.exact and self.way == "chunked":
-            if not isinstance(self.structure, matrix):
+            if not self.structure.linear:
                 raise ValueError(
-                    f"gradient_at='token' has a chunked form for matrix() memories only, not for {self.structure}; "
+                    f"gradient_at='token' has a chunked form for one linear map, not for {self.structure}; "
                     "use gradient_at='chunk' or way='recurrent'"
                 )
             if self.attentional_bias.slope is None:
@@ -133,13 +133,14 @@ class Memory:
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
-            plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0])
+            x = self.structure.map_keys(pairs.keys)
+            plan, norms = self._plan(pairs, x, None, state.rule[0])
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = self._carry(pairs, plan)
             target = self.attentional_bias.target(pairs.keys, pairs.values)
             fixed = self.attentional_bias.error(torch.zeros_like(target), target)
-            return [chunks.write(plan, carry, state.running[0], pairs.keys, fixed, slope)], [norms]
+            return [chunks.write(plan, carry, state.running[0], x, fixed, slope)], [norms]
         inputs, errors = self._errors(state.anchor, pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []

@@ -14,7 +14,7 @@ from .attentional_bias import (
 from .compound import biased, features, normed
 from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
 from .part import Part, all_variants, known, parse
-from .retention import Retention, decay, decay_to_start
+from .retention import Retention, decay, decay_to_start, elastic_net, elastic_net_ftrl, kl, lq, row_norm, sigmoid
 from .rule import (
     Gates,
     Gradient,
@@ -56,6 +56,8 @@ __all__ = [
     "decay_to_start",
     "delta_gradient_descent",
     "dot",
+    "elastic_net",
+    "elastic_net_ftrl",
     "elu_plus_one",
     "every",
     "exponential",
@@ -66,9 +68,11 @@ __all__ = [
     "huber_norm",
     "huber_switch",
     "identity",
+    "kl",
     "known",
     "l2",
     "lp",
+    "lq",
     "matrix",
     "mlp",
     "momentum",
@@ -79,7 +83,9 @@ __all__ = [
     "polynomial",
     "residual_l2",
     "retain",
+    "row_norm",
     "scale",
+    "sigmoid",
     "surprise",
     "value_shift",
 ]

@@ -89,3 +89,57 @@ def residual_mlp(weights: Maps, key: Tensor) -> Tensor:
     """M(x) = x + LN(W_2 GELU(W_1 x)): the memory of Moneta, Yaad and Memora, and of Titans. LN without a scale."""
     inner = weights[1] @ F.gelu(weights[0] @ key)
     return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
+
+
+def naive_moneta(
+    starts: Maps, flow: Flow, *, p: float, q: float, sharpness: float, chunk: int, read: Literal["after", "boundary"]
+) -> Run:
+    """A_t = a_t A_{t-1} - eta_t grad l_p(W), W_t = A_t / |A_t|_q^{q-2} (equations 24 and 25).
+
+    The residual's sign is tanh(sharpness r), |r|^(p-1) = (r^2 + 1e-6)^((p-1)/2) (remark 5). A_0 is such that W_0 is
+    the start: at q = 4, W / |W|_4^2. What stands at the end is W.
+    """
+
+    def expose(accumulated: Tensor) -> Tensor:
+        return accumulated / (accumulated.abs() ** q).sum() ** ((q - 2) / q)
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        r = answer - value
+        return p * torch.tanh(sharpness * r) * (r**2 + 1e-6) ** ((p - 1) / 2)
+
+    lengths = [(start.abs() ** q).sum() ** (1 / q) for start in starts]
+    standing = tuple(start * n ** ((q - 2) / (3 - q)) for start, n in zip(starts, lengths, strict=True))
+    run = naive_miras(residual_mlp, slope, standing, flow, expose=expose, chunk=chunk, read=read)
+    return Run(run.reads, tuple(map(expose, run.standing)))
+
+
+def naive_yaad(
+    starts: Maps, flow: Flow, *, bound: float, sharpness: float, chunk: int, read: Literal["after", "boundary"]
+) -> Run:
+    """W_t = a_t W_{t-1} - eta_t grad l_2 where |M(k) - v|_2 <= bound, else - eta_t bound grad l_1 (equation 26).
+
+    l_2 is half the squared norm. The l_1 gradient's sign is tanh(sharpness r).
+    """
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        r = answer - value
+        return r if (r**2).sum() <= bound**2 else bound * torch.tanh(sharpness * r)
+
+    return naive_miras(residual_mlp, slope, starts, flow, chunk=chunk, read=read)
+
+
+def naive_memora(logits: Maps, flow: Flow, *, scale: float, chunk: int, read: Literal["after", "boundary"]) -> Run:
+    """W_t = scale softmax(a_t log W_{t-1} - eta_t grad l_2), row by row (equation 27).
+
+    The literal recurrence: from W_0 = scale softmax(logits) on, the weights stand between tokens, and no logits.
+    """
+
+    def step(weight: Tensor, gradient: Tensor, step_size: Tensor, retention: Tensor) -> Tensor:
+        raised = torch.exp(retention * torch.log(weight) - step_size * gradient)
+        return scale * raised / raised.sum(-1, keepdim=True)
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        return answer - value
+
+    standing = tuple(scale * torch.exp(z) / torch.exp(z).sum(-1, keepdim=True) for z in logits)
+    return naive_miras(residual_mlp, slope, standing, flow, step=step, chunk=chunk, read=read)

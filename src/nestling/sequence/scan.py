@@ -36,7 +36,8 @@ class MemoryState(NamedTuple):
     """A memory in the middle of a document: it can be stopped and gone on with at any token.
 
     anchor: the weights at which this chunk's gradients are taken, each [b, h, out, in]; () where every token's
-    own weights serve. running: the weights as they stand. rule: the rule's state for each linear map.
+    own weights serve. running: the weights as they stand. rule: the rule's state for each linear map. Where the
+    rule's retention gate exposes other weights than it accumulates, both are accumulators.
     """
 
     anchor: Weights
@@ -75,6 +76,11 @@ class Memory:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.rule.exposes and self.way == "chunked" and self.read != "boundary":
+            raise ValueError(
+                f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
+                "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
+            )
         if self.exact and self.way == "chunked":
             if not self.structure.linear:
                 raise ValueError(
@@ -95,6 +101,7 @@ class Memory:
 
     def begin(self, weights: Weights) -> MemoryState:
         """The state at a document's start, from initial weights [b, h, out, in]."""
+        weights = tuple(self.rule.conceal(weight) for weight in weights)
         return MemoryState(() if self.exact else weights, weights, tuple(self.rule.init(w) for w in weights))
 
     def open(self, state: MemoryState, rows: bool | Tensor) -> MemoryState:
@@ -104,10 +111,14 @@ class Memory:
         opened = MemoryState(state.running, state.running, tuple(self.rule.anchor(s) for s in state.rule))
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
+    def exposed(self, weights: Weights, state: MemoryState) -> Weights:
+        """What the memory answers with where `weights` stand, each [b, h, out, in]."""
+        return tuple(self.rule.expose(weight, rule) for weight, rule in zip(weights, state.rule, strict=True))
+
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
         """The memory's answer [b, h, c, v] at the weights on which the chunk opened ([b, h, n, c, v] of memories
         that run together)."""
-        return self.structure.forward(plain(state.anchor), x)[0]
+        return self.structure.forward(plain(self.exposed(state.anchor, state)), x)[0]
 
     def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
@@ -141,7 +152,7 @@ class Memory:
             target = self.attentional_bias.target(pairs.keys, pairs.values)
             fixed = self.attentional_bias.error(torch.zeros_like(target), target)
             return [chunks.write(plan, carry, state.running[0], x, fixed, slope)], [norms]
-        inputs, errors = self._errors(state.anchor, pairs)
+        inputs, errors = self._errors(self.exposed(state.anchor, state), pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
         all_norms = []
@@ -222,13 +233,14 @@ class Memory:
                 stepped = select(pairs.valid[:, t], stepped, state)
             if queries is not None:
                 standing = {"after": stepped.running, "before": state.running, "boundary": state.anchor}[self.read]
-                reads.append(self.structure.forward(plain(standing), queries[..., t : t + 1, :])[0])
+                weights = self.exposed(standing, stepped if self.read == "after" else state)
+                reads.append(self.structure.forward(plain(weights), queries[..., t : t + 1, :])[0])
             state = stepped
         return (torch.cat(reads, -2) if reads else pairs.values), state
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
         """One token by the rule itself."""
-        inputs, errors = self._errors(state.running if self.exact else state.anchor, pair)
+        inputs, errors = self._errors(self.exposed(state.running if self.exact else state.anchor, state), pair)
         running, rules = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]

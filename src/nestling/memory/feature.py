@@ -39,7 +39,7 @@ class identity(FeatureMap):
 
 @dataclass(frozen=True, repr=False)
 class elu_plus_one(FeatureMap):
-    """phi(k) = elu(k) + 1, positive: linear attention's (Katharopoulos et al. 2020, equation 7)."""
+    """phi(k) = elu(k) + 1, positive: linear attention's (Katharopoulos et al. 2020)."""
 
     def width(self, key_dim: int) -> int:
         return key_dim
@@ -78,7 +78,7 @@ class _monomials(FeatureMap, abstract=True):
 
 @dataclass(frozen=True, repr=False)
 class polynomial(_monomials):
-    """<phi(q), phi(k)> = (1 + <q, k>)^degree exactly: monomials with the roots of multinomial weights (ATLAS, 3.1).
+    """<phi(q), phi(k)> = (1 + <q, k>)^degree exactly: monomials with the roots of multinomial weights (ATLAS).
 
     |phi(k)|^2 = 2^degree for a unit key, and what a write changes grows with it: bound the steps, as normalize() does.
     """

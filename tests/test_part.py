@@ -8,9 +8,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nestling.sequence  # noqa: F401  (its expressions are parts too)
-from nestling.memory.attentional_bias import dot, l2
+from nestling.memory.attentional_bias import (
+    dot,
+    huber_coordinates,
+    huber_norm,
+    huber_switch,
+    l2,
+    lp,
+    residual_l2,
+    value_shift,
+)
+from nestling.memory.compound import biased, features, normed
+from nestling.memory.feature import elu_plus_one, exponential, identity, polynomial
 from nestling.memory.part import Part, all_variants, known, parse
-from nestling.memory.retention import decay, decay_to_start
+from nestling.memory.retention import (
+    decay,
+    decay_to_start,
+    elastic_net,
+    elastic_net_ftrl,
+    kl,
+    lq,
+    row_norm,
+    sigmoid,
+)
 from nestling.memory.rule import (
     Rule,
     clip,
@@ -24,8 +44,8 @@ from nestling.memory.rule import (
     scale,
     surprise,
 )
-from nestling.memory.structure import Structure, matrix, mlp, together
-from nestling.sequence import attention, self_modifying, sequence_memory
+from nestling.memory.structure import Structure, gated_mlp, matrix, mlp, together
+from nestling.sequence import attention, memora, moneta, self_modifying, sequence_memory, yaad
 
 directions = st.recursive(
     st.just(surprise()),
@@ -38,8 +58,22 @@ directions = st.recursive(
 )
 additive = directions | st.builds(delta_gradient_descent, directions) | st.just(delta_gradient_descent())
 keepers = additive | st.builds(retain, st.sampled_from([decay(), decay_to_start()]), additive) | st.just(retain())
+sizes = st.floats(1e-3, 1e3)
+retentions = (
+    st.sampled_from([row_norm(), sigmoid(), lq(), kl(), elastic_net(), elastic_net_ftrl()])
+    | st.builds(lq, st.floats(1.01, 9.0), sizes)
+    | st.builds(kl, sizes)
+    | st.builds(elastic_net, sizes, sizes)
+    | st.builds(elastic_net_ftrl, sizes)
+)
 periods = st.integers(1, 10**6) | st.just(math.inf)
-rules = keepers | st.builds(every, periods, keepers) | st.builds(every, periods)
+rules = (
+    keepers
+    | st.builds(retain, retentions, additive)
+    | st.builds(every, periods, keepers)
+    | st.builds(every, periods, st.builds(retain, retentions, additive))
+    | st.builds(every, periods)
+)
 mlps = st.builds(
     mlp,
     depth=st.integers(2, 5),
@@ -48,15 +82,29 @@ mlps = st.builds(
     activation=st.sampled_from(["gelu", "silu"]),
 )
 alone = st.just(matrix()) | mlps
-structures = alone | st.builds(together, alone)
-biases = st.sampled_from([dot(), l2()])
+kinds = (
+    st.sampled_from([identity(), elu_plus_one()]) | st.builds(polynomial, st.integers(1, 4)) | st.just(exponential())
+)
+bare = st.sampled_from([matrix(), mlp(residual=False), gated_mlp()]) | st.builds(gated_mlp, sizes)
+bare = bare | st.builds(biased, bare) | st.builds(features, bare, kinds) | st.sampled_from([biased(), features()])
+structures = alone | st.builds(together, alone) | bare | st.builds(normed, bare, st.booleans()) | st.just(normed())
+biases = (
+    st.sampled_from(
+        [dot(), l2(), residual_l2(), lp(), huber_coordinates(), huber_norm(), huber_switch(), value_shift()]
+    )
+    | st.builds(lp, st.floats(1, 9), sizes)
+    | st.builds(huber_switch, sizes, sizes | st.just(math.inf))
+    | st.builds(huber_norm, sizes)
+)
+linear = st.sampled_from([dot(), l2(), residual_l2()])
 chunk = st.sampled_from([1, 16, 64])
 frozen = {"gradient_at": st.just("chunk"), "read": st.sampled_from(["after", "before", "boundary"])}
 mixers = (
     st.builds(sequence_memory, mlps, biases, keepers, chunk, **frozen)
     | st.builds(sequence_memory, rule=keepers, chunk=chunk, way=st.sampled_from(["chunked", "recurrent"]))
-    | st.builds(sequence_memory, st.just(matrix()), biases, keepers, chunk, st.just("token"), st.just("before"))
+    | st.builds(sequence_memory, st.just(matrix()), linear, keepers, chunk, st.just("token"), st.just("before"))
     | st.builds(self_modifying, mlps, biases, keepers, chunk, projection_chunk=chunk, convolution=st.integers(1, 4))
+    | st.sampled_from([moneta(), yaad(), memora(chunk=4)])
     | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4))
 )
 parts = rules | structures | biases | mixers
@@ -87,6 +135,9 @@ def test_parts_are_equal_where_they_print_alike(one, other):
         (clip(momentum(), 0.5), "clip(momentum(), bound=0.5)"),
         (mlp(depth=3, activation="silu"), "mlp(depth=3, activation='silu')"),
         (together(matrix()), "together(matrix())"),
+        (normed(biased(matrix())), "normed(biased())"),
+        (features(matrix(), polynomial(3)), "features(matrix(), polynomial(degree=3))"),
+        (retain(kl(), momentum()), "retain(kl(), momentum())"),
         (sequence_memory(rule=momentum()), "sequence_memory(mlp(), l2(), momentum())"),
         (attention(window=8), "attention(window=8)"),
     ],

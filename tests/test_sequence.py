@@ -345,7 +345,7 @@ def test_the_layer_is_the_oracle_between_its_projections(expression):
         ({"gradient_at": "step"}, r"gradient_at must be one of \('token', 'chunk'\), got 'step'"),
         ({"read": "never"}, "read must be one of .*got 'never'"),
         ({"way": "fast"}, "way must be one of .*got 'fast'"),
-        ({"gradient_at": "token"}, r"chunked form for matrix\(\) memories only, not for mlp\(\)"),
+        ({"gradient_at": "token"}, r"chunked form for one linear map, not for mlp\(\)"),
         ({"structure": matrix(), "gradient_at": "token", "read": "boundary"}, "read='boundary' needs"),
     ],
 )

@@ -106,12 +106,13 @@ def surprise_falls(model: SequenceModel | Memory, *, seed: int = 0, times: int =
     start = memory.structure.init(width, width, (1, heads), generator, unit_keys=True)
     step_size = torch.full((1, heads, memory.chunk), 0.25 / (memory.chunk * memory.window), dtype=torch.float64)
     state: MemoryState = memory.begin(tuple(weight.double() for weight in start))
+    targets = memory.attentional_bias.target(keys, values)
     surprises = []
     for _ in range(times):
         state = memory.open(state, True)
         standing: Weights = state.running if memory.exact else state.anchor
         answers = memory.structure.forward(plain(standing), keys)[0]
-        surprises.append(float(memory.attentional_bias.loss(answers, values).sum()))
+        surprises.append(float(memory.attentional_bias.loss(answers, targets).sum()))
         _, state = memory.run(state, Writes(keys, values, Gates(step_size)))
     return _falls("surprise_falls", surprises)
 

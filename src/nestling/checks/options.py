@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.levels import Reader, level
-from nestling.memory import Part, clip, dampen, momentum, retain
+from nestling.memory import Part, clip, dampen, huber_norm, momentum, retain, value_shift
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import Mixer
 
@@ -20,7 +20,7 @@ from .report import Finding, skip
 _SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
 _SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
-_EXAMPLES = {"clip": clip(bound=0.0002)}  # of parts; others as they are by default
+_EXAMPLES = {"clip": clip(bound=0.0002), "huber_norm": huber_norm(0.0001)}  # of parts; others as they are by default
 
 
 class Variant(NamedTuple):
@@ -107,6 +107,8 @@ def variants(part: Any, path: str = "") -> Iterator[Variant]:
         neutral = name == "checkpoint" or (name == "chunk" and getattr(part, "exact", False))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         for other in _others(kinds[name], value):
+            if isinstance(other, value_shift) and any(isinstance(p, clip) for p in _parts(part)):
+                continue  # it makes errors longer, and the clip makes them as long as before
             same = name == "way" and "stepped" not in (value, other)  # two ways to the same numbers
             yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral or same))
         if isinstance(value, Part):

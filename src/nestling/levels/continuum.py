@@ -40,6 +40,8 @@ class level(Level):
             raise ValueError(f"period must be >= 1 token (a whole number, or inf), got {self.period}")
         if isinstance(self.rule, every):
             raise ValueError(f"rule {self.rule!r}: a level has its own clock; give the rule without every()")
+        if self.rule.exposes:
+            raise ValueError(f"rule {self.rule!r} steps an accumulator; a level's weights are its own")
         if not self.step_size >= 0:
             raise ValueError(f"step_size must be >= 0, got {self.step_size}")
         for name in ("momentum", "retention"):

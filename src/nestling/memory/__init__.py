@@ -1,8 +1,20 @@
 """Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
 
-from .attentional_bias import AttentionalBias, dot, l2
+from .attentional_bias import (
+    AttentionalBias,
+    dot,
+    huber_coordinates,
+    huber_norm,
+    huber_switch,
+    l2,
+    lp,
+    residual_l2,
+    value_shift,
+)
+from .compound import biased, features, normed
+from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
 from .part import Part, all_variants, known, parse
-from .retention import Retention, decay, decay_to_start
+from .retention import Retention, decay, decay_to_start, elastic_net, elastic_net_ftrl, kl, lq, row_norm, sigmoid
 from .rule import (
     Gates,
     Gradient,
@@ -21,10 +33,11 @@ from .rule import (
     scale,
     surprise,
 )
-from .structure import Structure, Weights, matrix, mlp, plain
+from .structure import Structure, Weights, gated_mlp, matrix, mlp, plain
 
 __all__ = [
     "AttentionalBias",
+    "FeatureMap",
     "Gates",
     "Gradient",
     "Pairs",
@@ -36,23 +49,43 @@ __all__ = [
     "Summed",
     "Weights",
     "all_variants",
+    "biased",
     "clip",
     "dampen",
     "decay",
     "decay_to_start",
     "delta_gradient_descent",
     "dot",
+    "elastic_net",
+    "elastic_net_ftrl",
+    "elu_plus_one",
     "every",
+    "exponential",
+    "features",
+    "gated_mlp",
     "gradient_descent",
+    "huber_coordinates",
+    "huber_norm",
+    "huber_switch",
+    "identity",
+    "kl",
     "known",
     "l2",
+    "lp",
+    "lq",
     "matrix",
     "mlp",
     "momentum",
     "normalize",
+    "normed",
     "parse",
     "plain",
+    "polynomial",
+    "residual_l2",
     "retain",
+    "row_norm",
     "scale",
+    "sigmoid",
     "surprise",
+    "value_shift",
 ]

@@ -12,26 +12,49 @@ from .part import Part
 
 
 class Retention(Part, family=True):
-    """What stays of a weight at a write, given the log of the retention gate (the fraction KEPT)."""
+    """What stays of a weight at a write, given the log of the retention gate (the fraction KEPT).
+
+    exposes: what is kept and written to is an accumulator, and the memory answers with another weight that is made of
+    it. settles: the weight is changed once more after each write; then no chunk can be written at once.
+    """
 
     remembers_start: ClassVar[bool] = False
+    exposes: bool = False
+    settles: bool = False
 
     @abstractmethod
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         """The retained weight [..., out, in], given that at the document's start where the gate remembers it;
         the gate has the weight's leading dims."""
 
+    def expose(self, weight: Tensor, start: Tensor | None) -> Tensor:
+        """The weight that the memory answers with, from the accumulator [..., out, in] and that at the start."""
+        return weight
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        """The accumulator for a start weight [..., out, in]: that which is exposed as this weight. Where only some
+        weights can be exposed (on a simplex, in an interval), and a start is anything: the start itself."""
+        return weight
+
+    def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
+        """The weight after a write, from what was kept and written together."""
+        return weight
+
+
+class _decaying(Retention, abstract=True):
+    """W <- a W with a = exp(log_retention), of whatever stands there."""
+
+    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
+        return weight * _fraction(log_retention)
+
 
 @dataclass(frozen=True, repr=False)
-class decay(Retention):
+class decay(_decaying):
     """W <- a W with a = exp(log_retention): forgetting toward zero at a rate that the token chooses.
 
     Titans' alpha is the fraction forgotten, 1 - a; flash-linear-attention's g is log a. float32 cannot hold
     1 - 7e-8, therefore the log.
     """
-
-    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
-        return weight * _fraction(log_retention)
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +70,135 @@ class decay_to_start(Retention):
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         assert start is not None
         return torch.lerp(start, weight, _fraction(log_retention))
+
+
+@dataclass(frozen=True, repr=False)
+class lq(_decaying):
+    """A_t = a A_{t-1} - eta g;  W_t = A_t / |A_t|_q^(q-2), the norm over a whole map (Miras equation 25).
+
+    Moneta: q = 4. A normaliser and not the mirror map of |W|_q^2, which would take powers of A's entries. It inverts:
+    |W|_q = |A|_q^(3-q), and a tenfold A at q = 4 is a tenth of W. So the start is concealed, as A_0 =
+    W_0 |W_0|_q^((q-2)/(3-q)), and the norm counts as at least `floor`, or a forgotten A would be an endless W.
+    q = 2 is decay(); at q = 3 every W has norm one, the start's too.
+    """
+
+    q: float = 4.0
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, least in (("q", 1.0), ("floor", 0.0)):
+            if not least < getattr(self, name) < math.inf:
+                raise ValueError(f"lq: {name} must be more than {least} and finite, got {getattr(self, name)}")
+
+    @property
+    def exposes(self) -> bool:  # type: ignore[override]
+        return self.q != 2
+
+    def expose(self, weight: Tensor, start: Tensor | None) -> Tensor:
+        return weight * self._norm(weight, 2.0 - self.q)
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        return weight if self.q == 3 else weight * self._norm(weight, (self.q - 2.0) / (3.0 - self.q))
+
+    def _norm(self, weight: Tensor, power: float) -> Tensor:
+        """|A|_q^power [..., 1, 1]."""
+        total = weight.abs().pow(self.q).sum((-2, -1), keepdim=True)
+        return total.clamp(min=self.floor**self.q).pow(power / self.q)
+
+
+@dataclass(frozen=True, repr=False)
+class kl(_decaying):
+    """W_t = scale * softmax(Z_t), Z_t = a Z_{t-1} - eta g: each row of a map, over its inputs, lies on the simplex of
+    sum `scale` (Miras equations 21 and 27; Memora).
+
+    The same as the paper's W_t = scale * softmax(a log W_{t-1} - eta g), since softmax forgets what is added to a
+    whole row; but the logits Z are linear in what is written. The start weights are logits too.
+    """
+
+    scale: float = 1.0
+    exposes = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"kl: scale must be more than 0 and finite, got {self.scale}")
+
+    def expose(self, weight: Tensor, start: Tensor | None) -> Tensor:
+        return self.scale * weight.softmax(-1)
+
+
+@dataclass(frozen=True, repr=False)
+class sigmoid(_decaying):
+    """W_t = sigmoid(Z_t), Z_t = a Z_{t-1} - eta g: mirror descent with F' = logit; entries lie in (0, 1) (Miras, the
+    Bregman divergence). The state, and the start weights, are logits.
+    """
+
+    exposes = True
+
+    def expose(self, weight: Tensor, start: Tensor | None) -> Tensor:
+        return weight.sigmoid()
+
+
+@dataclass(frozen=True, repr=False)
+class elastic_net(_decaying):
+    """W_t = soft(lam (a W_{t-1} - eta g), eta lasso lam), lam = 1 / (1 + eta ridge): learning-retaining (Miras
+    equation 22, with ridge = 1/beta, lasso = 1/alpha, and the retention gate a beside it).
+
+    soft(z, b) = sign(z) max(0, |z| - b) forgets small weights wholly. Each write settles so: no chunked form.
+    """
+
+    lasso: float = 0.01
+    ridge: float = 0.0
+    settles = True
+
+    def __post_init__(self) -> None:
+        for name in ("lasso", "ridge"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"elastic_net: {name} must be at least 0 and finite, got {getattr(self, name)}")
+
+    def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
+        step_size = step_size[..., None, None] if isinstance(step_size, Tensor) else step_size
+        kept = 1.0 / (1.0 + step_size * self.ridge)
+        return _soft(weight * kept, step_size * self.lasso * kept)
+
+
+@dataclass(frozen=True, repr=False)
+class elastic_net_ftrl(_decaying):
+    """A_t = a A_{t-1} - eta g;  W_t = soft(A_t, threshold): the elastic net that follows the regularised leader (Miras
+    equation 23, at a constant eta / alpha = threshold). What is small answers nothing, and is not forgotten.
+    """
+
+    threshold: float = 0.01
+    exposes = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"elastic_net_ftrl: threshold must be at least 0 and finite, got {self.threshold}")
+
+    def expose(self, weight: Tensor, start: Tensor | None) -> Tensor:
+        return _soft(weight, self.threshold)
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        return weight + self.threshold * weight.sign()
+
+
+@dataclass(frozen=True, repr=False)
+class row_norm(_decaying):
+    """W_t = a W_{t-1} - eta g, then each row made as long again as it was at the start (LaCT's weight norm).
+
+    LaCT writes chunk by chunk: every(2048, retain(row_norm(), momentum())). Each write settles: no chunked form.
+    """
+
+    remembers_start: ClassVar[bool] = True
+    settles = True
+
+    def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
+        assert start is not None
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp(min=1e-12)
+        return weight * (torch.linalg.vector_norm(start, dim=-1, keepdim=True) / length)
+
+
+def _soft(weight: Tensor, threshold: Tensor | float) -> Tensor:
+    return weight.sign() * (weight.abs() - threshold).clamp(min=0.0)
 
 
 def _fraction(log_retention: Tensor | float) -> Tensor | float:

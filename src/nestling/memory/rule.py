@@ -152,6 +152,7 @@ class Rule(Part, family=True):
 
     needs_inputs: bool = False  # of a map's inputs, more than the gradient
     scales_buffer: bool = False  # a step size outside of a momentum
+    exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
 
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
@@ -173,6 +174,14 @@ class Rule(Part, family=True):
     def close(self, state: State, end: ChunkEnd) -> State:
         """The state after a chunk that was computed from `plan`."""
         return state
+
+    def expose(self, weight: Tensor, state: State) -> Tensor:
+        """The weight that the memory answers with, from the one that is stepped."""
+        return weight
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        """What is stepped, for a start weight: see `Retention.conceal`."""
+        return weight
 
 
 class Additive(Rule, abstract=True):
@@ -473,14 +482,32 @@ class retain(Additive):
     def anchor(self, state: State) -> State:
         return RetainState(state.start, self.of.anchor(state.of))
 
+    @property
+    def exposes(self) -> bool:  # type: ignore[override]
+        return self.retention.exposes
+
+    def expose(self, weight: Tensor, state: State) -> Tensor:
+        return self.retention.expose(weight, state.start)
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        return self.retention.conceal(weight)
+
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         return self.retention.keep(weight, state.start, gates.log_retention)
+
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        weight, after = super().step(weight, gradient, state, gates)
+        return self.retention.settle(weight, state.start, gates.step_size), after
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
         return added, RetainState(state.start, inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        if self.retention.settles:
+            raise ValueError(
+                f"{self.retention} changes the weight after every write and has no chunked form; use way='recurrent'"
+            )
         plan = self.of.plan(gates, norms, state.of, exact)
         return plan._replace(log_keep=_per_token(gates.log_retention, norms.input), start=state.start)
 
@@ -516,6 +543,16 @@ class every(Rule):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return self.of.needs_inputs
+
+    @property
+    def exposes(self) -> bool:  # type: ignore[override]
+        return self.of.exposes
+
+    def expose(self, weight: Tensor, state: State) -> Tensor:
+        return self.of.expose(weight, state.of)
+
+    def conceal(self, weight: Tensor) -> Tensor:
+        return self.of.conceal(weight)
 
     def init(self, weight: Tensor) -> State:
         elapsed = torch.zeros(weight.shape[:-2], dtype=torch.int64, device=weight.device)

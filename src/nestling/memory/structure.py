@@ -24,7 +24,18 @@ class Structure(Part, family=True):
     one weight for all tokens, or give every token its own (the coefficient form). `backward` carries an error
     at the value back to an error at the output of every map, by hand, so that writes are ordinary operations
     in the autograd graph and can be checkpointed. Oracle: autograd (tests/test_structure.py).
+    linear: one map of something that is made of the key without weights, W map_keys(k); it can be written a chunk at
+    once at every token's own weights. bare: the value is the last map's output. meets_keys: so many maps, the first
+    ones, have the keys as their inputs.
     """
+
+    linear: bool = False
+    bare: bool = False
+    meets_keys: int = 1
+
+    def map_keys(self, keys: Tensor) -> Tensor:
+        """The inputs of the first map, for keys [..., n, k]."""
+        return keys
 
     @abstractmethod
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
@@ -48,13 +59,13 @@ class Structure(Part, family=True):
         unit_keys: bool = False,
     ) -> Weights:
         """Initial weights [*leading, out, in]: normal, of standard deviation 1/sqrt(in); the last of several
-        maps is 0.3 of that, so that a deep memory starts near its residual. unit_keys: the first of several maps
-        meets keys of norm one, and takes a deviation of 1, so that its outputs reach the nonlinearity."""
+        maps is 0.3 of that, so that a deep memory starts near its residual. unit_keys: of several maps, those that
+        meet keys meet keys of norm one, and take a deviation of 1, so that their outputs reach the nonlinearity."""
         shapes = self.shapes(key_dim, value_dim)
         weights = []
         for index, (rows, columns) in enumerate(shapes):
             deviation = 1.0 / math.sqrt(columns)
-            if len(shapes) > 1 and index == 0 and unit_keys:
+            if len(shapes) > 1 and index < self.meets_keys and unit_keys:
                 deviation = 1.0
             elif len(shapes) > 1 and index == len(shapes) - 1:
                 deviation *= 0.3
@@ -98,7 +109,13 @@ def stands_for_many(x: Tensor, weight: Tensor) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class matrix(Structure):
-    """M(k) = W k. State per head: v x k. Linear attention, the delta rule and their kin."""
+    """M(k) = W k. State per head: v x k. Linear attention, the delta rule and their kin.
+
+    A memory that is a vector, M(k) = w * k channel by channel, is this one in heads of width one.
+    """
+
+    linear = True
+    bare = True
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return ((value_dim, key_dim),)
@@ -132,12 +149,12 @@ class mlp(Structure):
         if self.activation not in ("gelu", "silu"):
             raise ValueError(f"mlp: activation must be 'gelu' or 'silu', got {self.activation!r}")
 
+    @property
+    def bare(self) -> bool:  # type: ignore[override]
+        return not self.residual
+
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
-        if self.residual and key_dim != value_dim:
-            raise ValueError(
-                f"{self}: a residual memory needs keys as wide as values, got {key_dim} and {value_dim}; "
-                "set residual=False"
-            )
+        check_residual(self, self.residual, key_dim, value_dim)
         hidden = max(1, round(self.expansion * max(key_dim, value_dim)))
         widths = [key_dim, *[hidden] * (self.depth - 1), value_dim]
         return tuple(zip(widths[1:], widths[:-1], strict=True))
@@ -162,8 +179,21 @@ class mlp(Structure):
     def activation_backward(self, error: Tensor, x: Tensor) -> Tensor:
         if self.activation == "gelu":
             return GeluError.apply(error, x)
-        gate = x.sigmoid()  # silu's fused derivative has none of its own
-        return error * gate * (1.0 + x * (1.0 - gate))
+        return _silu_error(error, x)
+
+
+def _silu_error(error: Tensor, x: Tensor) -> Tensor:
+    """error * silu'(x); silu's fused derivative has none of its own."""
+    gate = x.sigmoid()
+    return error * gate * (1.0 + x * (1.0 - gate))
+
+
+def check_residual(structure: Structure, residual: bool, key_dim: int, value_dim: int) -> None:
+    if residual and key_dim != value_dim:
+        raise ValueError(
+            f"{structure}: a residual memory needs keys as wide as values, got {key_dim} and {value_dim}; "
+            "set residual=False"
+        )
 
 
 class GeluError(torch.autograd.Function):
@@ -185,6 +215,42 @@ class GeluError(torch.autograd.Function):
             return GeluError.apply(g, x), (squared * -0.5).exp() * (2.0 - squared) * (g * error) * scale
         second = (squared * -0.5).exp_().mul_(squared.neg_().add_(2.0))
         return torch.ops.aten.gelu_backward(g, x), second.mul_(g).mul_(error).mul_(scale)
+
+
+@dataclass(frozen=True, repr=False)
+class gated_mlp(Structure):
+    """M(k) = W_1 (silu(W_0 k) * (W_2 k)), and k + that with `residual`. Hidden width `expansion` x the wider side.
+
+    LaCT's memory (SwiGLU); with the residual, that of ATLAS++. The maps in order: W_0, W_2, W_1.
+    """
+
+    expansion: float = 1.0
+    residual: bool = False
+    meets_keys = 2
+
+    def __post_init__(self) -> None:
+        if not self.expansion > 0:
+            raise ValueError(f"gated_mlp: expansion must be more than 0, got {self.expansion}")
+
+    @property
+    def bare(self) -> bool:  # type: ignore[override]
+        return not self.residual
+
+    def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
+        check_residual(self, self.residual, key_dim, value_dim)
+        hidden = max(1, round(self.expansion * max(key_dim, value_dim)))
+        return (hidden, key_dim), (hidden, key_dim), (value_dim, hidden)
+
+    def forward(self, apply: Apply, keys: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        gate, up = apply(0, keys), apply(1, keys)
+        hidden = F.silu(gate) * up
+        last = apply(2, hidden)
+        return (keys + last if self.residual else last), (keys, keys, hidden), (gate, up, last)
+
+    def backward(self, weights: Weights, outputs: tuple[Tensor, ...], error: Tensor) -> tuple[Tensor, ...]:
+        gate, up, _ = outputs
+        hidden = error @ weights[2]
+        return _silu_error(hidden * up, gate), hidden * F.silu(gate), error
 
 
 @dataclass(frozen=True, repr=False)

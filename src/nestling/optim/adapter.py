@@ -36,6 +36,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, value in (("momentum", momentum), ("retention", retention)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if rule.exposes:
+            raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
         if tokens < 1:
             raise ValueError(f"tokens must be >= 1, got {tokens}")
         self.rule = rule

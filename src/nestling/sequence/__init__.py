@@ -3,6 +3,7 @@
 from .attention import SlidingAttention, attention
 from .layer import SequenceMemory, SequenceState, sequence_memory
 from .layout import Layout, lay_out
+from .miras import memora, moneta, yaad
 from .mixer import Mixer, MixerModule
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
@@ -20,6 +21,9 @@ __all__ = [
     "SlidingAttention",
     "attention",
     "lay_out",
+    "memora",
+    "moneta",
     "self_modifying",
     "sequence_memory",
+    "yaad",
 ]

@@ -26,7 +26,7 @@ from nestling.memory.rule import (
     retain,
 )
 from nestling.memory.state import select
-from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
+from nestling.memory.structure import Structure, Weights, mlp, plain, together
 
 from . import chunk as chunks
 from . import stepped
@@ -38,7 +38,8 @@ class MemoryState(NamedTuple):
     """A memory in the middle of a document: it can be stopped and gone on with at any token.
 
     anchor: the weights at which this chunk's gradients are taken, each [b, h, out, in]; () where every token's
-    own weights serve. running: the weights as they stand. rule: the rule's state for each linear map.
+    own weights serve. running: the weights as they stand. rule: the rule's state for each linear map. Where the
+    rule's retention gate exposes other weights than it accumulates, both are accumulators.
     """
 
     anchor: Weights
@@ -81,10 +82,15 @@ class Memory:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.rule.exposes and self.way == "chunked" and self.read != "boundary":
+            raise ValueError(
+                f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
+                "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
+            )
         if self.exact and self.way == "chunked":
-            if not isinstance(self.structure, matrix):
+            if not self.structure.linear:
                 raise ValueError(
-                    f"gradient_at='token' has a chunked form for matrix() memories only, not for {self.structure}; "
+                    f"gradient_at='token' has a chunked form for one linear map, not for {self.structure}; "
                     "use gradient_at='chunk' or way='recurrent'"
                 )
             if self.attentional_bias.slope is None:
@@ -124,6 +130,7 @@ class Memory:
         if self.window > 1:
             widths = widths or (weights[0].shape[-1], weights[-1].shape[-2])
             recent = windows.begin(weights[0], self.window - 1, *widths)
+        weights = tuple(self.rule.conceal(weight) for weight in weights)
         return MemoryState(() if self.exact else weights, weights, tuple(begin(w) for w in weights), recent)
 
     def open(self, state: MemoryState, rows: bool | Tensor) -> MemoryState:
@@ -138,10 +145,15 @@ class Memory:
         opened = state._replace(anchor=running, running=running, rule=rules)
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
+    def exposed(self, weights: Weights, state: MemoryState) -> Weights:
+        """What the memory answers with where `weights` stand, each [b, h, out, in]."""
+        rules = [rule.of if isinstance(rule, stepped.Pending) else rule for rule in state.rule]
+        return tuple(self.rule.expose(weight, rule) for weight, rule in zip(weights, rules, strict=True))
+
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
         """The memory's answer [b, h, c, v] at the weights on which the chunk opened ([b, h, n, c, v] of memories
         that run together)."""
-        return self.structure.forward(plain(state.anchor), x)[0]
+        return self.structure.forward(plain(self.exposed(state.anchor, state)), x)[0]
 
     def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
@@ -174,7 +186,8 @@ class Memory:
         self, state: MemoryState, pairs: "Writes", joined: windows.Joined
     ) -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """`_write` where every token's step is on the pairs of its window."""
-        inputs, errors = self._errors(state.anchor, pairs._replace(keys=joined.keys, values=joined.values))
+        joined_pairs = pairs._replace(keys=joined.keys, values=joined.values)
+        inputs, errors = self._errors(self.exposed(state.anchor, state), joined_pairs)
         n = pairs.keys.shape[-2]
         maps, all_norms = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
@@ -188,13 +201,15 @@ class Memory:
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
-            plan, norms = self._plan(pairs, pairs.keys, None, state.rule[0])
+            x = self.structure.map_keys(pairs.keys)
+            plan, norms = self._plan(pairs, x, None, state.rule[0])
             slope = self.attentional_bias.slope
             assert slope is not None
             carry = self._carry(pairs, plan)
-            fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
-            return [chunks.write(plan, carry, state.running[0], pairs.keys, fixed, slope)], [norms]
-        inputs, errors = self._errors(state.anchor, pairs)
+            target = self.attentional_bias.target(pairs.keys, pairs.values)
+            fixed = self.attentional_bias.error(torch.zeros_like(target), target)
+            return [chunks.write(plan, carry, state.running[0], x, fixed, slope)], [norms]
+        inputs, errors = self._errors(self.exposed(state.anchor, state), pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
         all_norms = []
@@ -236,7 +251,8 @@ class Memory:
         if pairs.own_targets:
             values = self.structure.forward(plain(weights), values)[0]
         answers, inputs, outputs = self.structure.forward(plain(weights), pairs.keys)
-        error = self.attentional_bias.error(answers, values)
+        keys = pairs.keys.unsqueeze(2) if isinstance(self.structure, together) else pairs.keys
+        error = self.attentional_bias.error(answers, self.attentional_bias.target(keys, values))
         return inputs, self.structure.backward(weights, outputs, error)
 
     def _gates(self, pairs: "Writes") -> tuple[Gates, Tensor | None]:
@@ -279,12 +295,13 @@ class Memory:
                 after = select(pairs.valid[:, t], after, state)
             if queries is not None:
                 standing = {"after": after.running, "before": state.running, "boundary": state.anchor}[self.read]
-                reads.append(self.structure.forward(plain(standing), queries[..., t : t + 1, :])[0])
+                weights = self.exposed(standing, after if self.read == "after" else state)
+                reads.append(self.structure.forward(plain(weights), queries[..., t : t + 1, :])[0])
             state = after
         return (torch.cat(reads, -2) if reads else pairs.values), state
 
     def _stepped(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
-        inputs, errors = self._errors(state.anchor, pairs)
+        inputs, errors = self._errors(self.exposed(state.anchor, state), pairs)
         gates, counted = self._gates(pairs)
         rules = tuple(
             stepped.add(pending, error, x, gates, counted)
@@ -299,7 +316,7 @@ class Memory:
         if isinstance(recent, windows.Recent):
             joined = windows.join(recent, pair.keys, pair.values, None)
             pair, recent = pair._replace(keys=joined.keys, values=joined.values), joined.after
-        inputs, errors = self._errors(state.running if self.exact else state.anchor, pair)
+        inputs, errors = self._errors(self.exposed(state.running if self.exact else state.anchor, state), pair)
         if isinstance(recent, windows.Recent):
             inside = joined.band[:, :, 0, :, None]
             inputs, errors = (tuple(x * inside for x in of) for of in (inputs, errors))

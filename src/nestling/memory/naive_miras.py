@@ -1,0 +1,145 @@
+"""Naive oracles of Miras' design space: any memory, attentional bias and retention gate, one token at a time.
+
+One head of one row, in the words of the paper: a memory is a function of weights and a key, a bias the derivative of
+its loss by what was read, a retention gate a recurrence. The gradient is torch.autograd's, taken with a graph.
+Nothing is shared with the fast code. Moneta, Yaad and Memora are Miras equations 24 to 27. Fast twins:
+`nestling.sequence.Memory` with the parts of `nestling.memory`.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Maps = tuple[Tensor, ...]
+"""The linear maps of one memory, each [out, in], from the key's side to the value's."""
+Function = Callable[[Maps, Tensor], Tensor]
+"""M: (weights, key [k]) -> value [v]."""
+Slope = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(read [v], value [v], key [k]) -> d loss / d read [v]."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(what stands [out, in], the gradient of it, eta, a) -> what stands after the token."""
+
+
+class Flow(NamedTuple):
+    """What comes in: keys and queries [t, k], values [t, v], gates [t]; retention is the fraction kept."""
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    step_size: Tensor
+    retention: Tensor
+
+
+class Run(NamedTuple):
+    """What a run leaves: reads [t, v], and what stands at the end of each linear map."""
+
+    reads: Tensor
+    standing: Maps
+
+
+def plain_step(standing: Tensor, gradient: Tensor, step_size: Tensor, retention: Tensor) -> Tensor:
+    """W_t = a_t W_{t-1} - eta_t grad."""
+    return retention * standing - step_size * gradient
+
+
+def naive_miras(
+    memory: Function,
+    slope: Slope,
+    standing: Maps,
+    flow: Flow,
+    *,
+    step: Step = plain_step,
+    expose: Callable[[Tensor], Tensor] = lambda standing: standing,
+    chunk: int = 1,
+    read: Literal["after", "before", "boundary"] = "after",
+) -> Run:
+    """For every token: standing_t = step(standing_{t-1}, grad loss(W; k_t, v_t), eta_t, a_t), W_t = expose(standing_t).
+
+    The gradient is taken at the W on which the chunk opened (chunk=1: at W_{t-1}), by W; y_t = M(q_t) at the W_t
+    after the token's own step, the one before it, or the chunk's first.
+    """
+    reads = []
+    opened = standing
+    for t in range(flow.keys.shape[0]):
+        if t % chunk == 0:
+            opened = standing
+        before = standing
+        gradients = _gradient(memory, slope, tuple(map(expose, opened)), flow.keys[t], flow.values[t])
+        standing = tuple(
+            step(part, gradient, flow.step_size[t], flow.retention[t])
+            for part, gradient in zip(standing, gradients, strict=True)
+        )
+        chosen = {"after": standing, "before": before, "boundary": opened}[read]
+        reads.append(memory(tuple(map(expose, chosen)), flow.queries[t]))
+    return Run(torch.stack(reads), standing)
+
+
+def _gradient(memory: Function, slope: Slope, weights: Maps, key: Tensor, value: Tensor) -> Maps:
+    """The gradient of the loss by the weights, with a graph; a smoothed slope goes in place of the loss's own."""
+    with torch.enable_grad():
+        weights = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in weights)
+        answer = memory(weights, key)
+        return torch.autograd.grad(answer, weights, slope(answer, value, key), create_graph=True)
+
+
+def residual_mlp(weights: Maps, key: Tensor) -> Tensor:
+    """M(x) = x + LN(W_2 GELU(W_1 x)): the memory of Moneta, Yaad and Memora, and of Titans. LN without a scale."""
+    inner = weights[1] @ F.gelu(weights[0] @ key)
+    return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
+
+
+def naive_moneta(
+    starts: Maps, flow: Flow, *, p: float, q: float, sharpness: float, chunk: int, read: Literal["after", "boundary"]
+) -> Run:
+    """A_t = a_t A_{t-1} - eta_t grad l_p(W), W_t = A_t / |A_t|_q^{q-2} (equations 24 and 25).
+
+    The residual's sign is tanh(sharpness r), |r|^(p-1) = (r^2 + 1e-6)^((p-1)/2) (remark 5). A_0 is such that W_0 is
+    the start: at q = 4, W / |W|_4^2. What stands at the end is W.
+    """
+
+    def expose(accumulated: Tensor) -> Tensor:
+        return accumulated / (accumulated.abs() ** q).sum() ** ((q - 2) / q)
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        r = answer - value
+        return p * torch.tanh(sharpness * r) * (r**2 + 1e-6) ** ((p - 1) / 2)
+
+    lengths = [(start.abs() ** q).sum() ** (1 / q) for start in starts]
+    standing = tuple(start * n ** ((q - 2) / (3 - q)) for start, n in zip(starts, lengths, strict=True))
+    run = naive_miras(residual_mlp, slope, standing, flow, expose=expose, chunk=chunk, read=read)
+    return Run(run.reads, tuple(map(expose, run.standing)))
+
+
+def naive_yaad(
+    starts: Maps, flow: Flow, *, bound: float, sharpness: float, chunk: int, read: Literal["after", "boundary"]
+) -> Run:
+    """W_t = a_t W_{t-1} - eta_t grad l_2 where |M(k) - v|_2 <= bound, else - eta_t bound grad l_1 (equation 26).
+
+    l_2 is half the squared norm. The l_1 gradient's sign is tanh(sharpness r).
+    """
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        r = answer - value
+        return r if (r**2).sum() <= bound**2 else bound * torch.tanh(sharpness * r)
+
+    return naive_miras(residual_mlp, slope, starts, flow, chunk=chunk, read=read)
+
+
+def naive_memora(logits: Maps, flow: Flow, *, scale: float, chunk: int, read: Literal["after", "boundary"]) -> Run:
+    """W_t = scale softmax(a_t log W_{t-1} - eta_t grad l_2), row by row (equation 27).
+
+    The literal recurrence: from W_0 = scale softmax(logits) on, the weights stand between tokens, and no logits.
+    """
+
+    def step(weight: Tensor, gradient: Tensor, step_size: Tensor, retention: Tensor) -> Tensor:
+        raised = torch.exp(retention * torch.log(weight) - step_size * gradient)
+        return scale * raised / raised.sum(-1, keepdim=True)
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        return answer - value
+
+    standing = tuple(scale * torch.exp(z) / torch.exp(z).sum(-1, keepdim=True) for z in logits)
+    return naive_miras(residual_mlp, slope, standing, flow, step=step, chunk=chunk, read=read)

@@ -1,6 +1,16 @@
 """Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
 
+from .adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
 from .attentional_bias import AttentionalBias, dot, l2
+from .nested import add, delta_momentum, gradient_keys, remember
+from .orthogonal import (
+    full_matrix_adagrad,
+    joint_delta_gradient_descent,
+    match_rms,
+    match_spectrum,
+    newton_schulz,
+    unit_rms,
+)
 from .part import Part, all_variants, known, parse
 from .retention import Retention, decay, decay_to_start
 from .rule import (
@@ -35,24 +45,43 @@ __all__ = [
     "Structure",
     "Summed",
     "Weights",
+    "adagrad",
+    "adam",
+    "add",
     "all_variants",
+    "ascent",
+    "average",
     "clip",
     "dampen",
     "decay",
     "decay_to_start",
     "delta_gradient_descent",
+    "delta_momentum",
     "dot",
     "every",
+    "full_matrix_adagrad",
     "gradient_descent",
+    "gradient_keys",
+    "hold_back",
+    "joint_delta_gradient_descent",
     "known",
     "l2",
+    "match_rms",
+    "match_spectrum",
     "matrix",
     "mlp",
     "momentum",
+    "nesterov",
+    "newton_schulz",
     "normalize",
     "parse",
     "plain",
+    "remember",
     "retain",
+    "ridge",
+    "rmsprop",
     "scale",
+    "slow_down",
     "surprise",
+    "unit_rms",
 ]

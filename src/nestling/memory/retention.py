@@ -15,6 +15,7 @@ class Retention(Part, family=True):
     """What stays of a weight at a write, given the log of the retention gate (the fraction KEPT)."""
 
     remembers_start: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False  # no entry of a weight looks at another
 
     @abstractmethod
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
@@ -30,6 +31,8 @@ class decay(Retention):
     1 - 7e-8, therefore the log.
     """
 
+    elementwise: ClassVar[bool] = True
+
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         return weight * _fraction(log_retention)
 
@@ -43,6 +46,7 @@ class decay_to_start(Retention):
     """
 
     remembers_start: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         assert start is not None

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class newton_schulz(_wrapper):
     steps: int = 5
     coefficients: tuple[float, float, float] = QUINTIC
     eps: float = 1e-7
-    precision: Literal["weight", "bfloat16"] = "weight"
+    precision: str = "weight"
     elementwise = False
 
     def __post_init__(self) -> None:

@@ -1,6 +1,8 @@
 """The same learning rules as torch optimizers."""
 
 from .adapter import RuleOptimizer, to_optimizer
+from .explain import explain
+from .groups import Joined, for_model, split_parameters
 from .named import (
     M3,
     OPTIMIZERS,
@@ -26,9 +28,13 @@ __all__ = [
     "DeltaGradientDescent",
     "DeltaMomentum",
     "FullMatrixAdagrad",
+    "Joined",
     "Muon",
     "PreconditionedMomentum",
     "RMSprop",
     "RuleOptimizer",
+    "explain",
+    "for_model",
+    "split_parameters",
     "to_optimizer",
 ]

@@ -121,7 +121,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given."""
         loss = None
         if closure is not None:
@@ -209,7 +209,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
         """Parameters of one shape at once, along a leading dim that is theirs."""
-        weights = [p.unsqueeze(-1) if p.dim() == 1 else p.reshape(1, 1) if p.dim() == 0 else p for p in members]
+        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in members]
+        if group["differentiable"]:  # what autograd keeps of them is not written over
+            weights = [weight.clone() for weight in weights]
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
         gradients = [self._gradient(p, weight, group) for weight, p in zip(weights, members, strict=True)]
         if len(members) == 1:

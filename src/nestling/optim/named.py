@@ -220,10 +220,7 @@ class Matrices(Named):
                 )
 
 
-Adjust = Literal["original", "match_rms_adamw"] | None
-
-
-def _adjusted(direction: Direction, adjust_lr_fn: Adjust) -> Direction:
+def _adjusted(direction: Direction, adjust_lr_fn: str | None) -> Direction:
     if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
         raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got {adjust_lr_fn!r}")
     return match_rms(direction) if adjust_lr_fn == "match_rms_adamw" else match_spectrum(direction)
@@ -245,9 +242,9 @@ class Muon(Matrices):
         ns_coefficients: tuple[float, float, float] = QUINTIC,
         eps: float = 1e-7,
         ns_steps: int = 5,
-        adjust_lr_fn: Adjust = None,
+        adjust_lr_fn: str | None = None,
         *,
-        precision: Literal["weight", "bfloat16"] = "bfloat16",
+        precision: str = "bfloat16",
     ) -> Expressed:
         _check(momentum=momentum)
         buffered = PARTS["nesterov" if nesterov else "momentum"](dampen(surprise()))
@@ -282,8 +279,8 @@ class DeltaGradientDescent(Named):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         *,
-        form: Literal["averaged", "exact"] = "exact",
-        reduction: Literal["mean", "sum"] = "mean",
+        form: str = "exact",
+        reduction: str = "mean",
     ) -> Expressed:
         if form not in ("averaged", "exact"):
             raise ValueError(f"form must be 'averaged' or 'exact', got {form!r}")
@@ -328,7 +325,7 @@ class DeltaMomentum(Named):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
-        form: Literal["literal", "bounded"] = "bounded",
+        form: str = "bounded",
     ) -> Expressed:
         if form not in ("literal", "bounded"):
             raise ValueError(f"form must be 'literal' or 'bounded', got {form!r}")
@@ -357,8 +354,8 @@ class M3(Matrices):
         ns_steps: int = 5,
         ns_coefficients: tuple[float, float, float] = QUINTIC,
         *,
-        mode: Literal["paper", "ema"] = "ema",
-        precision: Literal["weight", "bfloat16"] = "bfloat16",
+        mode: str = "ema",
+        precision: str = "bfloat16",
     ) -> Expressed:
         if mode not in ("paper", "ema"):
             raise ValueError(f"mode must be 'paper' or 'ema', got {mode!r}")

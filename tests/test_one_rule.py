@@ -10,22 +10,41 @@ from nestling.memory import (
     Gates,
     Rule,
     Structure,
+    adagrad,
+    adam,
+    add,
+    ascent,
+    average,
     clip,
     dampen,
     decay,
     decay_to_start,
     delta_gradient_descent,
+    delta_momentum,
     dot,
     every,
+    full_matrix_adagrad,
     gradient_descent,
+    gradient_keys,
+    hold_back,
+    joint_delta_gradient_descent,
     l2,
+    match_rms,
+    match_spectrum,
     matrix,
     mlp,
     momentum,
+    nesterov,
+    newton_schulz,
     normalize,
+    remember,
     retain,
+    ridge,
+    rmsprop,
     scale,
+    slow_down,
     surprise,
+    unit_rms,
 )
 from nestling.optim import RuleOptimizer, to_optimizer
 from nestling.sequence import Memory
@@ -41,6 +60,33 @@ RULES = [
     delta_gradient_descent(),
     retain(decay_to_start(), delta_gradient_descent(momentum(dampen(clip(bound=0.5))))),
     every(5, retain(decay(), delta_gradient_descent(momentum()))),
+]
+NONLINEAR = [
+    ridge(scale(nesterov()), 0.1),
+    ascent(scale(slow_down(hold_back(surprise(), 0.3), 0.1))),
+    scale(momentum(adagrad(eps=1e-3))),
+    scale(rmsprop(momentum(surprise()), eps=1e-3, centered=True)),
+    retain(decay(), scale(adam(eps=1e-3))),
+    retain(decay_to_start(), scale(adam(momentum(surprise()), 0.8, 0.9, 1e-3, amsgrad=True))),
+    scale(match_spectrum(newton_schulz(nesterov(dampen(surprise()))))),
+    scale(unit_rms(newton_schulz(average(beta=0.7), steps=3, coefficients=(1.5, -0.5, 0.0)))),
+    scale(match_rms(newton_schulz(), 0.1)),
+    scale(full_matrix_adagrad(average(), eps=1e-2)),
+    every(4, scale(full_matrix_adagrad(eps=1e-2))),
+    retain(decay(), joint_delta_gradient_descent(momentum())),
+    every(3, joint_delta_gradient_descent()),
+    delta_momentum(),
+    scale(remember(gradient_keys(retain(decay(), delta_gradient_descent())), step_size=1.0)),
+    scale(
+        adagrad(
+            add(
+                newton_schulz(remember(gradient_descent(), step_size=0.9)),
+                remember(every(4, retain(decay(), newton_schulz(average()))), retention=0.0, read="before"),
+                0.5,
+            ),
+            1e-3,
+        )
+    ),
 ]
 
 
@@ -72,7 +118,7 @@ def optimizer_outputs(
     outputs = []
     for t, (key, value, query) in enumerate(zip(*data, strict=True)):
         group = optimizer.param_groups[0]
-        group["step_size"] = float(gates.step_size[t])
+        group["lr"] = float(gates.step_size[t])
         group["momentum"] = float(gates.momentum[t])
         group["retention"] = float(gates.log_retention[t].exp())
         optimizer.zero_grad()
@@ -85,8 +131,12 @@ def optimizer_outputs(
 
 
 @pytest.mark.parametrize("bias", [l2(), dot()], ids=repr)
-@pytest.mark.parametrize("structure", [matrix(), mlp(), mlp(depth=3, expansion=1.5)], ids=repr)
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize(
+    ("rule", "structure"),
+    [(rule, structure) for rule in RULES for structure in (matrix(), mlp(), mlp(depth=3, expansion=1.5))]
+    + [(rule, structure) for rule in NONLINEAR for structure in (matrix(), mlp(expansion=1.5))],
+    ids=repr,
+)
 def test_optimizer_is_layer(rule: Rule, structure: Structure, bias: AttentionalBias) -> None:
     generator = torch.Generator().manual_seed(1)
     keys, values, queries = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=torch.float64)

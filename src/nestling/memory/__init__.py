@@ -1,5 +1,6 @@
 """Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
 
+from .adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
 from .attentional_bias import (
     AttentionalBias,
     dot,
@@ -13,6 +14,15 @@ from .attentional_bias import (
 )
 from .compound import biased, features, normed
 from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
+from .nested import add, delta_momentum, gradient_keys, remember
+from .orthogonal import (
+    full_matrix_adagrad,
+    joint_delta_gradient_descent,
+    match_rms,
+    match_spectrum,
+    newton_schulz,
+    unit_rms,
+)
 from .part import Part, all_variants, known, parse
 from .retention import Retention, decay, decay_to_start, elastic_net, elastic_net_ftrl, kl, lq, row_norm, sigmoid
 from .rule import (
@@ -48,13 +58,19 @@ __all__ = [
     "Structure",
     "Summed",
     "Weights",
+    "adagrad",
+    "adam",
+    "add",
     "all_variants",
+    "ascent",
+    "average",
     "biased",
     "clip",
     "dampen",
     "decay",
     "decay_to_start",
     "delta_gradient_descent",
+    "delta_momentum",
     "dot",
     "elastic_net",
     "elastic_net_ftrl",
@@ -62,30 +78,43 @@ __all__ = [
     "every",
     "exponential",
     "features",
+    "full_matrix_adagrad",
     "gated_mlp",
     "gradient_descent",
+    "gradient_keys",
+    "hold_back",
     "huber_coordinates",
     "huber_norm",
     "huber_switch",
     "identity",
+    "joint_delta_gradient_descent",
     "kl",
     "known",
     "l2",
     "lp",
     "lq",
+    "match_rms",
+    "match_spectrum",
     "matrix",
     "mlp",
     "momentum",
+    "nesterov",
+    "newton_schulz",
     "normalize",
     "normed",
     "parse",
     "plain",
     "polynomial",
+    "remember",
     "residual_l2",
     "retain",
+    "ridge",
+    "rmsprop",
     "row_norm",
     "scale",
     "sigmoid",
+    "slow_down",
     "surprise",
+    "unit_rms",
     "value_shift",
 ]

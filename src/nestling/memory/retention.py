@@ -21,6 +21,7 @@ class Retention(Part, family=True):
     remembers_start: ClassVar[bool] = False
     exposes: bool = False
     settles: bool = False
+    elementwise: ClassVar[bool] = False  # no entry of a weight looks at another
 
     @abstractmethod
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
@@ -56,6 +57,8 @@ class decay(_decaying):
     1 - 7e-8, therefore the log.
     """
 
+    elementwise: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, repr=False)
 class decay_to_start(Retention):
@@ -66,6 +69,7 @@ class decay_to_start(Retention):
     """
 
     remembers_start: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         assert start is not None

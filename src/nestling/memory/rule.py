@@ -153,6 +153,7 @@ class Rule(Part, family=True):
     needs_inputs: bool = False  # of a map's inputs, more than the gradient
     scales_buffer: bool = False  # a step size outside of a momentum
     exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
+    elementwise: bool = False  # no entry of a weight looks at another: it may be cut and joined at will
 
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
@@ -200,7 +201,8 @@ class Additive(Rule, abstract=True):
 
 
 class Direction(Additive, abstract=True):
-    """An additive rule whose update is linear in the gradients and blind to the weight: it can be wrapped."""
+    """An additive rule whose update can be wrapped. Those that are linear in the gradients and blind to the weight
+    have a plan."""
 
     buffered: bool = False  # is there a momentum in it
 
@@ -213,6 +215,8 @@ def _require(owner: str, value: Any, kind: type, why: str) -> None:
 @dataclass(frozen=True, repr=False)
 class surprise(Direction):
     """update = -g: the momentary surprise itself, unscaled."""
+
+    elementwise = True
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return -gradient.dense(), state
@@ -242,6 +246,10 @@ class _wrapper(Direction, abstract=True):
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.scales_buffer
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return self.of.elementwise
 
     def init(self, weight: Tensor) -> State:
         return self.of.init(weight)
@@ -304,6 +312,7 @@ class clip(_wrapper):
     of: Direction = gradient_descent()
     bound: float = 1.0
     needs_inputs = True
+    elementwise = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,6 +355,7 @@ class normalize(_wrapper):
 
     of: Direction = gradient_descent()
     needs_inputs = True
+    elementwise = False
 
     def init(self, weight: Tensor) -> State:
         return NormalizeState(weight.new_zeros(weight.shape[:-2]), self.of.init(weight))
@@ -476,6 +486,10 @@ class retain(Additive):
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.scales_buffer
 
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return self.of.elementwise and self.retention.elementwise
+
     def init(self, weight: Tensor) -> State:
         return RetainState(weight if self.retention.remembers_start else None, self.of.init(weight))
 
@@ -553,6 +567,10 @@ class every(Rule):
 
     def conceal(self, weight: Tensor) -> Tensor:
         return self.of.conceal(weight)
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        return self.of.elementwise
 
     def init(self, weight: Tensor) -> State:
         elapsed = torch.zeros(weight.shape[:-2], dtype=torch.int64, device=weight.device)

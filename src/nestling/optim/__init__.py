@@ -1,5 +1,40 @@
 """The same learning rules as torch optimizers."""
 
 from .adapter import RuleOptimizer, to_optimizer
+from .explain import explain
+from .groups import Joined, for_model, split_parameters
+from .named import (
+    M3,
+    OPTIMIZERS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    DeltaGradientDescent,
+    DeltaMomentum,
+    FullMatrixAdagrad,
+    Muon,
+    PreconditionedMomentum,
+    RMSprop,
+)
 
-__all__ = ["RuleOptimizer", "to_optimizer"]
+__all__ = [
+    "M3",
+    "OPTIMIZERS",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "DeltaGradientDescent",
+    "DeltaMomentum",
+    "FullMatrixAdagrad",
+    "Joined",
+    "Muon",
+    "PreconditionedMomentum",
+    "RMSprop",
+    "RuleOptimizer",
+    "explain",
+    "for_model",
+    "split_parameters",
+    "to_optimizer",
+]

@@ -3,22 +3,39 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.rule import Gates, Rule, Summed
-from nestling.memory.state import flatten, unflatten
+from nestling.memory.state import clone, flatten, map_tensors, unflatten
+
+PIECE = {"cpu": 1 << 17, "other": 1 << 24}
+"""Entries stepped together: on a CPU what its cache holds, with all that a rule computes of them; else so many that
+launches do not count."""
+
+
+class Captured(NamedTuple):
+    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows."""
+
+    gram: Tensor
+    rows: int
 
 
 class RuleOptimizer(torch.optim.Optimizer):
     """Steps parameters by a `Rule`: weight, state <- rule.step(weight, gradient, state, gates).
 
-    Each group holds its gates: step_size, momentum, retention (the fraction kept), and tokens: how many tokens
-    (or steps) one gradient sums, which is what `every` counts. Parameters of fewer than two dims are stepped as
-    a column. Rules that need the inputs of a linear layer (delta_gradient_descent, normalize) learn them from
-    `capture(module)`. Oracle: a sequence memory with the same rule (tests/test_one_rule.py).
+    Each group holds its gates: lr (the step size), momentum, retention (the fraction kept), and tokens: how many
+    tokens (or steps) one gradient sums, which is what `every` counts. A parameter [..., out, in] of more than two
+    dims is as many matrices; of fewer, a column. Parameters of one shape are stepped in one go; those of rules that
+    act entry by entry, in pieces that fit the cache. Rules that need the inputs of a linear layer
+    (delta_gradient_descent, normalize) learn them from `capture(module)`.
+
+    nonfinite: a gradient that is not finite "raise"s FloatingPointError with the parameter's name before anything
+    has changed, or the whole step is "skip"ped and counted in `skipped`. differentiable: steps are recorded by
+    autograd. Raises ValueError for complex parameters and sparse gradients. Oracles: a sequence memory with the same
+    rule (tests/test_one_rule.py), torch.optim (tests/test_optim_torch.py).
     """
 
     def __init__(
@@ -26,10 +43,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         rule: Rule,
         *,
-        step_size: float = 1e-2,
+        step_size: float | Tensor = 1e-2,
         momentum: float = 0.9,
         retention: float = 1.0,
         tokens: int = 1,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        differentiable: bool = False,
     ) -> None:
         if not step_size >= 0:
             raise ValueError(f"step_size must be >= 0, got {step_size}")
@@ -38,12 +57,51 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
+        self.rule = rule
+        gates = {"lr": step_size, "momentum": momentum, "retention": retention}
+        self._begin(params, gates, tokens, nonfinite, differentiable)
+
+    def _begin(
+        self, params: Iterable[Any], options: dict[str, Any], tokens: int, nonfinite: str, differentiable: bool
+    ) -> None:
         if tokens < 1:
             raise ValueError(f"tokens must be >= 1, got {tokens}")
-        self.rule = rule
-        self.grams: dict[nn.Parameter, Tensor] = {}
-        defaults = {"step_size": step_size, "momentum": momentum, "retention": retention, "tokens": tokens}
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
+        self.captured: dict[Tensor, Captured] = {}
+        self.forms: dict[Any, Any] = {}
+        self.skipped = 0
+        defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name in ("rule", "skipped")}
+        return super().__getstate__() | own | {"captured": {}, "forms": {}}
+
+    def express(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
+        """The rule of a group, and its gates at this step."""
+        kept = group["retention"]
+        return self.rule, Gates(group["lr"], group["momentum"], math.log(kept) if kept > 0 else -math.inf)
+
+    def without_inputs(self, rule: Rule) -> Rule:
+        """The rule for a parameter whose layer's inputs were not captured."""
+        return rule
+
+    def gram(self, group: dict[str, Any], captured: Captured) -> Tensor:
+        """The Gram matrix that stands for what was captured."""
+        return captured.gram
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for name, parameter in self._named(self.param_groups[-1]):
+            if parameter.is_complex():
+                raise ValueError(f"{name} is complex, a rule acts on real ones: optimize torch.view_as_real of it")
+
+    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        told = group.get("param_names")
+        for index, parameter in enumerate(group["params"]):
+            name = f"{told[index]!r}" if told else f"{index} of a group, of shape {list(parameter.shape)}"
+            yield f"parameter {name}", parameter
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
@@ -53,8 +111,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            gram = x.mT @ x
-            self.grams[weight] = self.grams[weight] + gram if weight in self.grams else gram
+            gram, rows = self.captured.get(weight, (0.0, 0))
+            self.captured[weight] = Captured(gram + x.mT @ x, rows + x.shape[0])
 
         linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
         hooks = [layer.register_forward_pre_hook(note) for layer in linears]
@@ -65,32 +123,168 @@ class RuleOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of the rule on every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            kept = group["retention"]
-            gates = Gates(group["step_size"], group["momentum"], math.log(kept) if kept > 0 else -math.inf)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, gates, group["tokens"])
-        self.grams.clear()
+        if self._finite():
+            for group in self.param_groups:
+                with torch.set_grad_enabled(group["differentiable"]):
+                    self._step_group(group)
+        else:
+            self.skipped += 1
+        self.captured.clear()
         return loss
 
-    def _step_one(self, parameter: Tensor, gates: Gates, tokens: int) -> None:
-        weight = parameter.unsqueeze(-1) if parameter.dim() < 2 else parameter
-        total = parameter.grad
-        assert total is not None
-        gram = self.grams.get(parameter)  # type: ignore[call-overload]
-        gradient = Summed(total.view_as(weight), gram, tokens)
-        start = self.rule.init(weight.clone())
-        state = unflatten(start, self.state[parameter]) if self.state[parameter] else start
-        weight, state = self.rule.step(weight, gradient, self.rule.anchor(state), gates)
-        parameter.copy_(weight.view_as(parameter))
-        self.state[parameter] = flatten(state)
+    def _finite(self) -> bool:
+        """Is every gradient finite? Raises where a group asks for it."""
+        for group in self.param_groups:
+            named = [(name, p.grad) for name, p in self._named(group) if p.grad is not None]
+            for name, grad in named:
+                if grad.layout != torch.strided:
+                    raise ValueError(f"the gradient of {name} is sparse; a rule acts on dense ones: use sparse=False")
+            sums = [grad.detach().sum(dtype=torch.float32) for _, grad in named]
+            # a sum that is finite has finite terms; one that is not may have overflowed
+            if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
+                continue
+            wrong = [name for name, grad in named if not bool(grad.isfinite().all())]
+            if wrong and group["nonfinite"] == "raise":
+                raise FloatingPointError(f"the gradient of {wrong[0]} is not finite; nothing was changed")
+            if wrong:
+                return False
+        return True
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        rule, gates = self.express(group)
+        alike: dict[Any, list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                known = not rule.needs_inputs or parameter in self.captured
+                key = (parameter.shape, parameter.dtype, parameter.device, known)
+                alike.setdefault(key, []).append(parameter)
+        for (*_, device, known), members in alike.items():
+            own = rule if known else self.without_inputs(rule)
+            size = PIECE["cpu" if device.type == "cpu" else "other"]
+            numel = max(1, members[0].numel())
+            if own.elementwise and numel > size and not group["differentiable"]:
+                for parameter in members:
+                    self._step_pieces(own, parameter, gates, group, size)
+            else:
+                each = max(1, size // numel)
+                for first in range(0, len(members), each):
+                    self._step_stack(own, members[first : first + each], gates, group)
+
+    def _start(self, rule: Rule, weight: Tensor, parameter: Tensor) -> Any:
+        """The rule's state for one parameter seen as `weight`, begun or as it was left."""
+        stored = self.state[parameter]
+        if not stored:
+            return clone(rule.init(weight.detach()))  # parts may share tensors there, and share none here
+        form, shapes = self._form(rule, weight)
+        flat = {name: tensor.reshape(shapes[name]) for name, tensor in stored.items() if name in shapes}
+        return unflatten(form, flat)
+
+    def _form(self, rule: Rule, weight: Tensor) -> tuple[Any, dict[str, torch.Size]]:
+        """The state of a weight of this shape, of tensors that hold nothing; and the shapes by their flat names."""
+        key = (rule, weight.shape, weight.dtype, weight.device)
+        if key not in self.forms:
+            like = rule.init(weight.detach().to("meta"))
+            made = map_tensors(lambda t: torch.empty((), dtype=t.dtype, device=weight.device).expand(t.shape), like)
+            if len(self.forms) >= 64:  # options that a schedule changes make a new rule each step
+                self.forms.clear()
+            self.forms[key] = made, {name: tensor.shape for name, tensor in flatten(made).items()}
+        return self.forms[key]
+
+    def _keep(self, parameter: Tensor, weight: Tensor, state: Any) -> None:
+        """The state under flat names; what has the weight's shape takes the parameter's."""
+        self.state[parameter] = {
+            name: tensor.view(parameter.shape) if tensor.shape == weight.shape else tensor
+            for name, tensor in flatten(state).items()
+        }
+
+    def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Summed:
+        assert parameter.grad is not None
+        total = parameter.grad.reshape(weight.shape).to(weight.dtype)
+        known = self.captured.get(parameter)
+        return Summed(total, None if known is None else self.gram(group, known), group["tokens"])
+
+    def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
+        """Parameters of one shape at once, along a leading dim that is theirs."""
+        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in members]
+        if group["differentiable"]:  # what autograd keeps of them is not written over
+            weights = [weight.clone() for weight in weights]
+        states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
+        gradients = [self._gradient(p, weight, group) for weight, p in zip(weights, members, strict=True)]
+        if len(members) == 1:
+            stepped, state = rule.step(weights[0], gradients[0], rule.anchor(states[0]), gates)
+            after, left = [stepped], [state]
+        else:
+            gradient = _stack(gradients)._replace(tokens=group["tokens"])
+            stepped, state = rule.step(torch.stack(weights), gradient, rule.anchor(_stack(states)), gates)
+            after, left = list(stepped.unbind(0)), _unstack(state, len(members))
+        for parameter, weight, new, kept in zip(members, weights, after, left, strict=True):
+            parameter.copy_(new.view_as(parameter))
+            self._keep(parameter, weight, kept)
+
+    def _step_pieces(self, rule: Rule, parameter: Tensor, gates: Gates, group: dict[str, Any], size: int) -> None:
+        """One large parameter, as a row that is cut in pieces, in place."""
+        row = parameter.view(1, -1) if parameter.is_contiguous() else parameter.reshape(1, -1)
+        state = self._start(rule, row, parameter)
+        total = self._gradient(parameter, row, group).total
+        after = state
+        for first in range(0, row.shape[-1], size):
+            at = slice(first, first + size)
+
+            def cut(tensor: Tensor, at: slice = at) -> Tensor:
+                return tensor[:, at] if tensor.dim() == row.dim() else tensor
+
+            piece = rule.anchor(map_tensors(cut, state))
+            gradient = Summed(total[:, at], None, group["tokens"])
+            stepped, after = rule.step(row[:, at], gradient, piece, gates)
+            row[:, at] = stepped
+            for whole, new in zip(flatten(state).values(), flatten(after).values(), strict=True):
+                if new.dim() == row.dim():
+                    whole[:, at] = new
+        if row.data_ptr() != parameter.data_ptr():
+            parameter.copy_(row.view_as(parameter))
+        self._keep(parameter, row, _joined(state, after, row.dim()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if not value.is_floating_point():
+                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+
+def _stack(states: list[Any]) -> Any:
+    """States of one form, side by side along a new first dim."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.stack(states)
+    if isinstance(first, tuple):
+        parts = [_stack(list(parts)) for parts in zip(*states, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    return first
+
+
+def _unstack(state: Any, count: int) -> list[Any]:
+    """The inverse of `_stack`; each part a tensor of its own."""
+    return [map_tensors(lambda tensor: tensor[index].clone(), state) for index in range(count)]  # noqa: B023
+
+
+def _joined(whole: Any, last: Any, dim: int) -> Any:
+    """The state after all pieces: tensors of the weight's dims were written in place, others are the last's."""
+    if isinstance(whole, Tensor):
+        return whole if whole.dim() == dim else last
+    if isinstance(whole, tuple):
+        parts = [_joined(one, other, dim) for one, other in zip(whole, last, strict=True)]
+        return type(whole)(*parts) if hasattr(whole, "_fields") else tuple(parts)
+    return whole
 
 
 def to_optimizer(rule: Rule, params: Iterable[Any], **gates: Any) -> RuleOptimizer:

@@ -18,6 +18,7 @@ from .rule import (
     momentum,
     normalize,
     retain,
+    retain_first,
     scale,
     surprise,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "parse",
     "plain",
     "retain",
+    "retain_first",
     "scale",
     "surprise",
 ]

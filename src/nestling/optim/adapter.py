@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.rule import Gates, Rule, Summed
+from nestling.memory.rule import Gates, Rule, Summed, retain_first
 from nestling.memory.state import flatten, unflatten
 
 
@@ -38,6 +38,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if tokens < 1:
             raise ValueError(f"tokens must be >= 1, got {tokens}")
+        if isinstance(rule, retain_first):
+            raise ValueError(f"{rule} takes its gradient at decayed weights, torch took it before; use retain(...)")
         self.rule = rule
         self.grams: dict[nn.Parameter, Tensor] = {}
         defaults = {"step_size": step_size, "momentum": momentum, "retention": retention, "tokens": tokens}

@@ -29,6 +29,7 @@ from nestling.memory.state import select
 from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
 
 from . import chunk as chunks
+from .by_channel import run_by_channel
 from .layout import Layout, Piece
 
 
@@ -114,9 +115,20 @@ class Memory:
 
         Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state.
         """
+        if pairs.gates.by_channel:
+            self._check_by_channel()
         return (self._chunked if self.way == "chunked" else self._recurrent)(state, pairs, queries)
 
+    def _check_by_channel(self) -> None:
+        if not isinstance(self.structure, matrix) or not self.exact:
+            raise ValueError(
+                "retention by channel is for matrix() memories with gradient_at='token', not for "
+                f"{self.structure} with gradient_at={self.gradient_at!r}"
+            )
+
     def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        if pairs.gates.by_channel:
+            return self._by_channel(state, pairs, queries)
         maps, norms = self._write(state, pairs)
         y = pairs.values
         if queries is not None and self.read == "boundary":
@@ -129,6 +141,20 @@ class Memory:
             for rule_state, norm, chunk in zip(state.rule, norms, maps, strict=True)
         )
         return y, MemoryState(state.anchor, tuple(chunk.weight for chunk in maps), rules)
+
+    def _by_channel(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        alone = pairs._replace(gates=pairs.gates._replace(log_retention=0.0))
+        plan, norms = self._plan(alone, pairs.keys, None, state.rule[0])
+        fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+        log_retention, slope, counted = pairs.gates.log_retention, self.attentional_bias.slope, pairs.counted()
+        assert isinstance(log_retention, Tensor)
+        assert slope is not None
+        log_retention = log_retention if counted is None else log_retention * counted[..., None]
+        y, weight = run_by_channel(
+            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, queries), before=self.read == "before"
+        )
+        rule = self.rule.close(state.rule[0], ChunkEnd(None, norms.sum(-1)))
+        return y, MemoryState(state.anchor, (weight,), (rule,))
 
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
@@ -152,7 +178,7 @@ class Memory:
 
     def transfer(self, state: MemoryState, gates: Gates) -> chunks.Transfer | None:
         """What the gates [b, h, c] of a piece, or [n, b, h, c] of several, make of it; None where that takes more."""
-        if self.way == "recurrent" or self.rule.scales_buffer:
+        if self.way == "recurrent" or self.rule.scales_buffer or gates.by_channel:
             return None
         nothing = torch.zeros_like(gates.step_size)  # type: ignore[arg-type]
         return self._transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
@@ -208,6 +234,7 @@ class Memory:
             erase=None if plan.erase is None else plan.erase * counted,
             buffer=plan.buffer,
             start=plan.start,
+            sight=plan.sight,
         )
         return plan, squared
 
@@ -225,24 +252,31 @@ class Memory:
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
         """One token by the rule itself."""
-        inputs, errors = self._errors(state.running if self.exact else state.anchor, pair)
+        at = state.anchor
+        if self.exact:
+            each = zip(state.running, state.rule, strict=True)
+            at = tuple(self.rule.point(weight, rule_state, self._gates_at(pair)) for weight, rule_state in each)
+        inputs, errors = self._errors(at, pair)
         running, rules = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
-            # [b, h, 1] stands for [b, h, n] where memories run together
-            gates = pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
-            stepped, after = self.rule.step(weight, Pairs(error, x), before, gates)
+            stepped, after = self.rule.step(weight, Pairs(error, x), before, self._gates_at(pair))
             running.append(stepped)
             rules.append(after)
         return MemoryState(state.anchor, tuple(running), tuple(rules))
+
+    def _gates_at(self, pair: "Writes") -> Gates:
+        """One token's gates [b, h]; [b, h, 1] stands for [b, h, n] where memories run together."""
+        return pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
 
 
 class Writes(NamedTuple):
     """What is written to a memory in one piece, and how.
 
-    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
-    (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it is known.
+    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
+    [b, c]: slots that hold a token (None: all). own_targets: what is learned is not the value but the memory's own
+    answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it
+    is known.
     """
 
     keys: Tensor

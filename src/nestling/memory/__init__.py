@@ -40,6 +40,7 @@ from .rule import (
     momentum,
     normalize,
     retain,
+    retain_first,
     scale,
     surprise,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "remember",
     "residual_l2",
     "retain",
+    "retain_first",
     "ridge",
     "rmsprop",
     "row_norm",

@@ -31,16 +31,27 @@ class Gates(NamedTuple):
     """What a token (or the user) chooses for one step: numbers, or tensors with the weight's leading dims.
 
     step_size: Titans' theta, the delta rule's beta, Nested Learning's eta. momentum: Titans' eta.
-    log_retention: log of the fraction kept (Titans' 1 - alpha; Nested Learning's alpha).
+    log_retention: log of the fraction kept (Titans' 1 - alpha; Nested Learning's alpha); with a dim more than the
+    step size, one for every channel of a map's input.
     """
 
     step_size: Tensor | float = 1.0
     momentum: Tensor | float = 0.0
     log_retention: Tensor | float = 0.0
 
+    @property
+    def by_channel(self) -> bool:
+        """Is there a retention for every input channel?"""
+        both = isinstance(self.log_retention, Tensor) and isinstance(self.step_size, Tensor)
+        return both and self.log_retention.dim() > self.step_size.dim()  # type: ignore[union-attr]
+
     def at(self, tokens: slice | int) -> "Gates":
-        """The gates [..., t] of some tokens; numbers stand for all."""
-        return Gates(*(gate[..., tokens] if isinstance(gate, Tensor) else gate for gate in self))
+        """The gates [..., t] of some tokens, retention [..., t, in] by channel; numbers stand for all."""
+        picked = Gates(*(gate[..., tokens] if isinstance(gate, Tensor) else gate for gate in self[:2]))
+        if not isinstance(self.log_retention, Tensor):
+            return picked._replace(log_retention=self.log_retention)
+        where = (..., tokens, slice(None)) if self.by_channel else (..., tokens)
+        return picked._replace(log_retention=self.log_retention[where])
 
 
 class Pairs(NamedTuple):
@@ -111,6 +122,7 @@ class Plan(NamedTuple):
 
     W_t = a_t W_{t-1} + (1 - a_t) start + read_out_t S_t - erase_t (W_{t-1} x_t) x_t^T,  a = exp(log_keep)
     S_t = momentum_t S_{t-1} - write_t e_t x_t^T        (S is `buffer` before the chunk)
+    e_t = slope sight_t W_{t-1} x_t + ... where errors are taken at every token's own weights
     """
 
     write: Tensor
@@ -120,6 +132,7 @@ class Plan(NamedTuple):
     erase: Tensor | None = None
     buffer: Tensor | None = None
     start: Tensor | None = None
+    sight: Tensor | None = None  # of W_{t-1} in an error that is taken at every token's own weights
 
     def times(self, factor: Tensor | float) -> "Plan":
         """The plan of the same rule with its update multiplied by a gate [..., c]: what is written, or, where a
@@ -158,6 +171,10 @@ class Rule(Part, family=True):
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
         return ()
+
+    def point(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
+        """The weight at which the gradient of the next step is taken, where that is every token's own."""
+        return weight
 
     def anchor(self, state: State) -> State:
         """The state when the point at which gradients are taken has just moved to the current weights."""
@@ -463,20 +480,17 @@ class RetainState(NamedTuple):
     of: State
 
 
-@dataclass(frozen=True, repr=False)
-class retain(Additive):
-    """W <- (what `retention` keeps of W) + (update of `of`, its gradient taken at the undecayed weights).
+class _keeper(Additive, abstract=True):
+    """A retention gate around what is added."""
 
-    With decay(): Titans, AdamW's decoupled weight decay, and W (a I - b x x^T) around the delta terms.
-    """
-
-    retention: Retention = decay()
-    of: Additive = gradient_descent()
+    retention: Retention
+    of: Additive
 
     def __post_init__(self) -> None:
-        _require("retain", self.retention, Retention, "the first argument is a retention gate, such as decay()")
-        if isinstance(self.of, retain) or not isinstance(self.of, Additive):
-            raise ValueError(f"retain(..., {self.of!r}): retain wraps a direction or delta_gradient_descent")
+        name = type(self).__name__
+        _require(name, self.retention, Retention, "the first argument is a retention gate, such as decay()")
+        if isinstance(self.of, _keeper) or not isinstance(self.of, Additive):
+            raise ValueError(f"{name}(..., {self.of!r}): {name} wraps a direction or delta_gradient_descent")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
@@ -507,7 +521,11 @@ class retain(Additive):
         return self.retention.conceal(weight)
 
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
-        return self.retention.keep(weight, state.start, gates.log_retention)
+        if not isinstance(gates.log_retention, Tensor) or gates.log_retention.dim() < weight.dim() - 1:
+            return self.retention.keep(weight, state.start, gates.log_retention)
+        columns, start = (None if w is None else w.mT.unsqueeze(-1) for w in (weight, state.start))  # [..., in, out, 1]
+        assert columns is not None
+        return self.retention.keep(columns, start, gates.log_retention).squeeze(-1).mT
 
     def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         weight, after = super().step(weight, gradient, state, gates)
@@ -527,6 +545,45 @@ class retain(Additive):
 
     def close(self, state: State, end: ChunkEnd) -> State:
         return RetainState(state.start, self.of.close(state.of, end))
+
+
+@dataclass(frozen=True, repr=False)
+class retain(_keeper):
+    """W <- (what `retention` keeps of W) + (update of `of`, its gradient taken at the undecayed weights).
+
+    With decay(): Titans, AdamW's decoupled weight decay, and W (a I - b x x^T) around the delta terms. A retention
+    for every input channel takes a gate [..., in].
+    """
+
+    retention: Retention = decay()
+    of: Additive = gradient_descent()
+
+
+@dataclass(frozen=True, repr=False)
+class retain_first(_keeper):
+    """W' = what `retention` keeps of W;  W <- W' + (update of `of`, at W': its gradient and what it erases).
+
+    The gated delta rule, a W (I - b x x^T) + b v x^T: after a full forgetting the next token is as the first ever,
+    where `retain` still measures surprise against what was forgotten. A gradient frozen over a chunk stays where it
+    was frozen. Gated DeltaNet (2412.06464). Oracle: `memory.naive_linear.naive_gated_delta_rule`.
+    """
+
+    retention: Retention = decay()
+    of: Additive = gradient_descent()
+
+    def point(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
+        return self.keep(weight, state, gates)
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        return super().update(self.keep(weight, state, gates), gradient, state, gates)
+
+    def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
+        plan = super().plan(gates, norms, state, exact)
+        if plan.start is not None:
+            raise ValueError(f"{self} has a chunked form for decay() only; use way='recurrent'")
+        assert plan.log_keep is not None
+        kept = plan.log_keep.exp()
+        return plan._replace(erase=None if plan.erase is None else plan.erase * kept, sight=kept)
 
 
 class EveryState(NamedTuple):
@@ -553,6 +610,8 @@ class every(Rule):
             raise ValueError(f"every: period must be a whole number of tokens >= 1, or inf, got {self.period}")
         if isinstance(self.of, every) or not isinstance(self.of, Rule):
             raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
+        if isinstance(self.of, retain_first):
+            raise ValueError(f"every({self.period}, {self.of!r}): a sum of gradients is not taken at decayed weights")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.rule import Gates, Rule, Summed
+from nestling.memory.rule import Gates, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
@@ -57,6 +57,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
+        if isinstance(rule, retain_first):
+            raise ValueError(f"{rule} takes its gradient at decayed weights, torch took it before; use retain(...)")
         self.rule = rule
         gates = {"lr": step_size, "momentum": momentum, "retention": retention}
         self._begin(params, gates, tokens, nonfinite, differentiable)

@@ -158,12 +158,13 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
         assert not erases
         assert not slope
         stand = carry.after
+    eta = plan.write if plan.sight is None else plan.write * plan.sight
     after, buffer, writes, erased = Write.apply(
         slope,
         *before[:3],
         inputs,
         before.beside(errors * plan.write[..., None]),
-        plan.write if slope else None,
+        eta if slope else None,
         plan.erase,
         *(stand.start_kept, stand.start_read, stand.written, stand.kept if erases else None),
         *(last.start_kept, last.start_read, carry.start_decayed),

@@ -26,11 +26,12 @@ from nestling.memory.rule import (
     retain,
 )
 from nestling.memory.state import select
-from nestling.memory.structure import Structure, Weights, mlp, plain, together
+from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, together
 
 from . import chunk as chunks
 from . import stepped
 from . import window as windows
+from .by_channel import run_by_channel
 from .layout import Layout, Piece
 
 
@@ -160,10 +161,21 @@ class Memory:
 
         Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state.
         """
+        if pairs.gates.by_channel:
+            self._check_by_channel()
         ways = {"chunked": self._chunked, "recurrent": self._recurrent, "stepped": self._stepped}
         return ways[self.way](state, pairs, queries)
 
+    def _check_by_channel(self) -> None:
+        if not isinstance(self.structure, matrix) or not self.exact:
+            raise ValueError(
+                "retention by channel is for matrix() memories with gradient_at='token', not for "
+                f"{self.structure} with gradient_at={self.gradient_at!r}"
+            )
+
     def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        if pairs.gates.by_channel:
+            return self._by_channel(state, pairs, queries)
         recent = state.recent
         if isinstance(recent, windows.Recent):
             joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid)
@@ -198,6 +210,20 @@ class Memory:
             all_norms.append(norms)
         return maps, all_norms
 
+    def _by_channel(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+        alone = pairs._replace(gates=pairs.gates._replace(log_retention=0.0))
+        plan, norms = self._plan(alone, pairs.keys, None, state.rule[0])
+        fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+        log_retention, slope, counted = pairs.gates.log_retention, self.attentional_bias.slope, pairs.counted()
+        assert isinstance(log_retention, Tensor)
+        assert slope is not None
+        log_retention = log_retention if counted is None else log_retention * counted[..., None]
+        y, weight = run_by_channel(
+            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, queries), before=self.read == "before"
+        )
+        rule = self.rule.close(state.rule[0], ChunkEnd(None, norms.sum(-1)))
+        return y, MemoryState(state.anchor, (weight,), (rule,))
+
     def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
@@ -222,7 +248,7 @@ class Memory:
 
     def transfer(self, state: MemoryState, gates: Gates) -> chunks.Transfer | None:
         """What the gates [b, h, c] of a piece, or [n, b, h, c] of several, make of it; None where that takes more."""
-        if self.way != "chunked" or self.rule.scales_buffer:
+        if self.way != "chunked" or self.rule.scales_buffer or gates.by_channel:
             return None
         nothing = torch.zeros_like(gates.step_size)  # type: ignore[arg-type]
         return self._transfer(self.rule.plan(gates, Norms(nothing, nothing), state.rule[0], self.exact))
@@ -284,6 +310,7 @@ class Memory:
             erase=None if plan.erase is None else plan.erase * counted,
             buffer=plan.buffer,
             start=plan.start,
+            sight=plan.sight,
         )
         return plan, squared
 
@@ -316,27 +343,34 @@ class Memory:
         if isinstance(recent, windows.Recent):
             joined = windows.join(recent, pair.keys, pair.values, None)
             pair, recent = pair._replace(keys=joined.keys, values=joined.values), joined.after
-        inputs, errors = self._errors(self.exposed(state.running if self.exact else state.anchor, state), pair)
+        at, gates = state.anchor, self._gates_at(pair)
+        if self.exact:
+            each = zip(state.running, state.rule, strict=True)
+            at = tuple(self.rule.point(weight, rule, gates) for weight, rule in each)
+        inputs, errors = self._errors(self.exposed(at, state), pair)
         if isinstance(recent, windows.Recent):
             inside = joined.band[:, :, 0, :, None]
             inputs, errors = (tuple(x * inside for x in of) for of in (inputs, errors))
         running, rules = [], []
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
-            # [b, h, 1] stands for [b, h, n] where memories run together
-            gates = pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
             weight, after = self.rule.step(weight, Pairs(error, x), before, gates)
             running.append(weight)
             rules.append(after)
         return MemoryState(state.anchor, tuple(running), tuple(rules), recent)
 
+    def _gates_at(self, pair: "Writes") -> Gates:
+        """One token's gates [b, h]; [b, h, 1] stands for [b, h, n] where memories run together."""
+        return pair.gates if isinstance(self.structure, together) else pair.gates.at(0)
+
 
 class Writes(NamedTuple):
     """What is written to a memory in one piece, and how.
 
-    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
-    (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it is known.
+    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
+    [b, c]: slots that hold a token (None: all). own_targets: what is learned is not the value but the memory's own
+    answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it
+    is known.
     """
 
     keys: Tensor

@@ -25,7 +25,7 @@ from nestling.memory.rule import (
     surprise,
 )
 from nestling.memory.structure import Structure, matrix, mlp, together
-from nestling.sequence import attention, self_modifying, sequence_memory
+from nestling.sequence import attention, mac, mag, mal, self_modifying, sequence_memory
 
 directions = st.recursive(
     st.just(surprise()),
@@ -57,9 +57,14 @@ mixers = (
     | st.builds(sequence_memory, rule=keepers, chunk=chunk, way=st.sampled_from(["chunked", "recurrent"]))
     | st.builds(sequence_memory, st.just(matrix()), biases, keepers, chunk, st.just("token"), st.just("before"))
     | st.builds(self_modifying, mlps, biases, keepers, chunk, projection_chunk=chunk, convolution=st.integers(1, 4))
-    | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4))
+    | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4), persistent=st.integers(0, 9))
 )
-parts = rules | structures | biases | mixers
+blocks = (
+    st.builds(mag, mixers, persistent=st.integers(0, 9))
+    | st.builds(mal, mixers, st.integers(1, 512))
+    | st.builds(mac, mixers.filter(lambda mixer: not isinstance(mixer, attention)), convolution=st.integers(1, 4))
+)
+parts = rules | structures | biases | mixers | blocks
 
 
 @given(parts)

@@ -1,15 +1,21 @@
 """Sequence layers: a memory run over tokens, recurrently or a chunk at a time."""
 
 from .attention import SlidingAttention, attention
+from .context import ContextState, MemoryAsContext, mac
 from .layer import SequenceMemory, SequenceState, sequence_memory
 from .layout import Layout, lay_out
 from .mixer import Mixer, MixerModule
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
+from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
 
 __all__ = [
+    "ContextState",
     "Layout",
     "Memory",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
     "MemoryState",
     "Mixer",
     "MixerModule",
@@ -18,8 +24,12 @@ __all__ = [
     "SequenceMemory",
     "SequenceState",
     "SlidingAttention",
+    "TitansState",
     "attention",
     "lay_out",
+    "mac",
+    "mag",
+    "mal",
     "self_modifying",
     "sequence_memory",
 ]

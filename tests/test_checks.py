@@ -19,7 +19,7 @@ from nestling.levels.continuum import LevelsState
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import Memory, attention, mac, mag, mal, self_modifying, sequence_memory
+from nestling.sequence import Memory, attention, caching, mac, mag, mal, self_modifying, sequence_memory
 
 LEVELS = (level(16), level(48))
 LINEAR = retain(decay_to_start(), momentum(dampen(normalize())))  # without clip, which has no exact chunked form
@@ -33,6 +33,8 @@ MIXERS = {
     "memory as gate": mag(sequence_memory(matrix(), chunk=8), window=8, persistent=2),
     "memory as layer": mal(sequence_memory(matrix(), chunk=8), window=8, persistent=2),
     "memory as context": mac(sequence_memory(matrix(), chunk=8), segment=8, persistent=2),
+    "caching": caching(sequence_memory(chunk=8), segment=8, slots=2),
+    "sparse caching": caching(sequence_memory(chunk=8), segment=8, read="sparse", slots=3, top=2),
 }
 QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live")]
 
@@ -57,6 +59,13 @@ def test_a_sound_decoder_passes(mixer: str) -> None:
 def test_two_chunk_sizes_in_one_mixer_pass() -> None:
     names = ["causality", "rows_independent", "split_invariance", "gradient_coverage", "gradient_exactness"]
     report = checks.check(Decoder(config(self_modifying(chunk=4, projection_chunk=8))), only=names)
+    assert report.passed, str(report)
+
+
+def test_averaged_memories_pass() -> None:
+    names = ["causality", "rows_independent", "split_invariance", "gradient_coverage", "gradient_exactness"]
+    mixer = caching(sequence_memory(chunk=4), segment=4, read="soup", slots=2)
+    report = checks.check(Decoder(config(mixer)), only=names)
     assert report.passed, str(report)
 
 

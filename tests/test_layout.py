@@ -12,7 +12,7 @@ from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, scale, surprise
 from nestling.memory.state import clone, detach, flatten, unflatten
 from nestling.memory.structure import matrix, mlp
-from nestling.sequence import MixerModule, attention, lay_out, mac, mag, mal, self_modifying, sequence_memory
+from nestling.sequence import MixerModule, attention, caching, lay_out, mac, mag, mal, self_modifying, sequence_memory
 from nestling.sequence.convolution import ShortConvolution
 
 F64 = torch.float64
@@ -34,6 +34,10 @@ MIXERS = [
     mal(sequence_memory(matrix(), l2(), delta, 4, "token"), window=3, persistent=1),
     mac(sequence_memory(chunk=4), segment=6, persistent=2),
     mac(self_modifying(matrix(), chunk=4, projection_chunk=4), segment=4, persistent=0, convolution=1),
+    caching(sequence_memory(chunk=4), segment=4, read="residual", slots=2),
+    caching(sequence_memory(matrix(), l2(), delta, 2, "token"), segment=4, slots=3),
+    caching(sequence_memory(chunk=2), segment=4, read="soup", slots=2),
+    caching(sequence_memory(chunk=2), segment=2, read="sparse", slots=4, top=2),
 ]
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from nestling.levels import Reader, level
 from nestling.memory import Part, clip, dampen, momentum, retain
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import Mixer
+from nestling.sequence import Mixer, caching
 
 from .bench import SAME, apart, sealed
 from .report import Finding, skip
 
 _SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
-_SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persistent": 2}
+_SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persistent": 2, "slots": 2, "top": 1}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
 _EXAMPLES = {"clip": clip(bound=0.0002)}  # of parts; others as they are by default
 
@@ -149,7 +149,10 @@ def _others(kind: Any, value: Any) -> Iterator[Any]:
 
 
 def _unused(part: Any) -> set[str]:
-    """Options that mean nothing beside the others: those of a level that a rule like its own does not use."""
+    """Options that mean nothing beside the others: those of a level that a rule like its own does not use, and how
+    many cached memories are chosen where all are read."""
+    if isinstance(part, caching) and part.read != "sparse":
+        return {"top"}
     if not isinstance(part, level):
         return set()
     if part.period == math.inf:

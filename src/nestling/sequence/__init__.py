@@ -1,6 +1,7 @@
 """Sequence layers: a memory run over tokens, recurrently or a chunk at a time."""
 
 from .attention import SlidingAttention, attention
+from .caching import Caching, CachingState, caching
 from .context import ContextState, MemoryAsContext, mac
 from .layer import SequenceMemory, SequenceState, sequence_memory
 from .layout import Layout, lay_out
@@ -10,6 +11,8 @@ from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
 from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
 
 __all__ = [
+    "Caching",
+    "CachingState",
     "ContextState",
     "Layout",
     "Memory",
@@ -26,6 +29,7 @@ __all__ = [
     "SlidingAttention",
     "TitansState",
     "attention",
+    "caching",
     "lay_out",
     "mac",
     "mag",

@@ -19,7 +19,7 @@ from nestling.levels.continuum import LevelsState
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import Memory, attention, caching, mac, mag, mal, self_modifying, sequence_memory
+from nestling.sequence import Memory, attention, caching, mac, mag, mal, self_modifying, sequence_memory, tnt
 
 LEVELS = (level(16), level(48))
 LINEAR = retain(decay_to_start(), momentum(dampen(normalize())))  # without clip, which has no exact chunked form
@@ -35,6 +35,7 @@ MIXERS = {
     "memory as context": mac(sequence_memory(matrix(), chunk=8), segment=8, persistent=2),
     "caching": caching(sequence_memory(chunk=8), segment=8, slots=2),
     "sparse caching": caching(sequence_memory(chunk=8), segment=8, read="sparse", slots=3, top=2),
+    "tnt": tnt(matrix(), rule=LINEAR, chunk=8, local=(4,), shard=8),
 }
 QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live")]
 

@@ -12,7 +12,19 @@ from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, scale, surprise
 from nestling.memory.state import clone, detach, flatten, unflatten
 from nestling.memory.structure import matrix, mlp
-from nestling.sequence import MixerModule, attention, caching, lay_out, mac, mag, mal, self_modifying, sequence_memory
+from nestling.sequence import (
+    MixerModule,
+    attention,
+    caching,
+    lay_out,
+    mac,
+    mag,
+    mal,
+    self_modifying,
+    sequence_memory,
+    shards,
+    tnt,
+)
 from nestling.sequence.convolution import ShortConvolution
 
 F64 = torch.float64
@@ -38,6 +50,8 @@ MIXERS = [
     caching(sequence_memory(matrix(), l2(), delta, 2, "token"), segment=4, slots=3),
     caching(sequence_memory(chunk=2), segment=4, read="soup", slots=2),
     caching(sequence_memory(chunk=2), segment=2, read="sparse", slots=4, top=2),
+    shards(sequence_memory(chunk=2), shard=4),
+    tnt(matrix(), chunk=8, local=(2, 4), shard=4, queries="raw"),
 ]
 
 

@@ -126,7 +126,7 @@ def _spans(part: Any) -> Iterator[int]:
     """Every chunk, window and segment of an expression and of the parts in it."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if field.name in ("chunk", "projection_chunk", "window", "segment"):
+        if field.name in ("chunk", "projection_chunk", "window", "segment", "shard"):
             yield value
         for inner in value if isinstance(value, tuple) else (value,):
             if isinstance(inner, Part):

@@ -19,6 +19,7 @@ from .report import Finding, skip
 
 _SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
 _SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persistent": 2, "slots": 2, "top": 1}
+_SMALL |= {"shard": 8, "local": (2, 4)}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
 _EXAMPLES = {"clip": clip(bound=0.0002)}  # of parts; others as they are by default
 
@@ -85,7 +86,7 @@ def small(part: Any) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if field.name in _SMALL and isinstance(value, int | float) and value:
+        if field.name in _SMALL and isinstance(value, int | float | tuple) and value:
             changes[field.name] = _SMALL[field.name]
         elif isinstance(value, Part):
             changes[field.name] = small(value)

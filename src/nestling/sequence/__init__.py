@@ -9,8 +9,11 @@ from .mixer import Mixer, MixerModule
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
 from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
+from .tnt import Beside, BesideState, Shards, ShardState, beside, shards, tnt
 
 __all__ = [
+    "Beside",
+    "BesideState",
     "Caching",
     "CachingState",
     "ContextState",
@@ -26,9 +29,12 @@ __all__ = [
     "SelfModifyingState",
     "SequenceMemory",
     "SequenceState",
+    "ShardState",
+    "Shards",
     "SlidingAttention",
     "TitansState",
     "attention",
+    "beside",
     "caching",
     "lay_out",
     "mac",
@@ -36,4 +42,6 @@ __all__ = [
     "mal",
     "self_modifying",
     "sequence_memory",
+    "shards",
+    "tnt",
 ]

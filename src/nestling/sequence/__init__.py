@@ -8,6 +8,7 @@ from .layout import Layout, lay_out
 from .mixer import Mixer, MixerModule
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
+from .softmax import softmax_memory
 from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
 from .tnt import Beside, BesideState, Shards, ShardState, beside, shards, tnt
 
@@ -43,5 +44,6 @@ __all__ = [
     "self_modifying",
     "sequence_memory",
     "shards",
+    "softmax_memory",
     "tnt",
 ]

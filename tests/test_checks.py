@@ -20,7 +20,7 @@ from nestling.levels.continuum import LevelsState
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import Memory, attention, self_modifying, sequence_memory
+from nestling.sequence import Memory, attention, caching, mac, mag, mal, self_modifying, sequence_memory, tnt
 
 LEVELS = (level(16), level(48))
 LINEAR = retain(decay_to_start(), momentum(dampen(normalize())))  # without clip, which has no exact chunked form
@@ -33,6 +33,12 @@ MIXERS = {
     "mlp, one step a chunk": sequence_memory(mlp(), chunk=8, read="boundary", way="stepped"),
     "self-modifying": self_modifying(chunk=8, projection_chunk=8),
     "attention": attention(window=8),
+    "memory as gate": mag(sequence_memory(matrix(), chunk=8), window=8, persistent=2),
+    "memory as layer": mal(sequence_memory(matrix(), chunk=8), window=8, persistent=2),
+    "memory as context": mac(sequence_memory(matrix(), chunk=8), segment=8, persistent=2),
+    "caching": caching(sequence_memory(chunk=8), segment=8, slots=2),
+    "sparse caching": caching(sequence_memory(chunk=8), segment=8, read="sparse", slots=3, top=2),
+    "tnt": tnt(matrix(), rule=LINEAR, chunk=8, local=(4,), shard=8),
 }
 QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live")]
 
@@ -50,12 +56,20 @@ def config(mixer: Any = MIXERS["matrix"], **changes: Any) -> ModelConfig:
 def test_a_sound_decoder_passes(mixer: str) -> None:
     report = checks.check(Decoder(config(MIXERS[mixer])), only=QUICK)
     assert report.passed, str(report)
-    assert [f.name for f in report if f.skipped] == (["surprise_falls"] if mixer == "attention" else []), str(report)
+    alone = isinstance(MIXERS[mixer], Memory)
+    assert [f.name for f in report if f.skipped] == ([] if alone else ["surprise_falls"]), str(report)
 
 
 def test_two_chunk_sizes_in_one_mixer_pass() -> None:
     names = ["causality", "rows_independent", "split_invariance", "gradient_coverage", "gradient_exactness"]
     report = checks.check(Decoder(config(self_modifying(chunk=4, projection_chunk=8))), only=names)
+    assert report.passed, str(report)
+
+
+def test_averaged_memories_pass() -> None:
+    names = ["causality", "rows_independent", "split_invariance", "gradient_coverage", "gradient_exactness"]
+    mixer = caching(sequence_memory(chunk=4), segment=4, read="soup", slots=2)
+    report = checks.check(Decoder(config(mixer)), only=names)
     assert report.passed, str(report)
 
 

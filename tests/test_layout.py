@@ -12,7 +12,19 @@ from nestling.memory.retention import decay, decay_to_start
 from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, scale, surprise
 from nestling.memory.state import clone, detach, flatten, unflatten
 from nestling.memory.structure import matrix, mlp
-from nestling.sequence import MixerModule, attention, lay_out, self_modifying, sequence_memory
+from nestling.sequence import (
+    MixerModule,
+    attention,
+    caching,
+    lay_out,
+    mac,
+    mag,
+    mal,
+    self_modifying,
+    sequence_memory,
+    shards,
+    tnt,
+)
 from nestling.sequence.convolution import ShortConvolution
 
 F64 = torch.float64
@@ -29,6 +41,17 @@ MIXERS = [
     self_modifying(chunk=2, projection_chunk=4),
     attention(window=5),
     attention(window=1, convolution=1),
+    attention(window=5, persistent=2),
+    mag(sequence_memory(chunk=4), window=5, persistent=3),
+    mal(sequence_memory(matrix(), l2(), delta, 4, "token"), window=3, persistent=1),
+    mac(sequence_memory(chunk=4), segment=6, persistent=2),
+    mac(self_modifying(matrix(), chunk=4, projection_chunk=4), segment=4, persistent=0, convolution=1),
+    caching(sequence_memory(chunk=4), segment=4, read="residual", slots=2),
+    caching(sequence_memory(matrix(), l2(), delta, 2, "token"), segment=4, slots=3),
+    caching(sequence_memory(chunk=2), segment=4, read="soup", slots=2),
+    caching(sequence_memory(chunk=2), segment=2, read="sparse", slots=4, top=2),
+    shards(sequence_memory(chunk=2), shard=4),
+    tnt(matrix(), chunk=8, local=(2, 4), shard=4, queries="raw"),
 ]
 
 
@@ -66,8 +89,9 @@ def assert_state(found: Any, row: int, expected: Any) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         here, there = tensor[row : row + 1], theirs[name]
-        if name in ("keys", "values"):
-            exists = theirs["exists"][:, None, :, None]
+        place, _, field = name.rpartition("keys" if name.endswith("keys") else "values")
+        if not field and f"{place}exists" in theirs:
+            exists = theirs[f"{place}exists"][:, None, :, None]
             here, there = here * exists, there * exists
         torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 

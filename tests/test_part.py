@@ -45,7 +45,7 @@ from nestling.memory.rule import (
     surprise,
 )
 from nestling.memory.structure import Structure, gated_mlp, matrix, mlp, together
-from nestling.sequence import attention, memora, moneta, self_modifying, sequence_memory, yaad
+from nestling.sequence import attention, mac, mag, mal, memora, moneta, self_modifying, sequence_memory, yaad
 
 directions = st.recursive(
     st.just(surprise()),
@@ -105,9 +105,14 @@ mixers = (
     | st.builds(sequence_memory, st.just(matrix()), linear, keepers, chunk, st.just("token"), st.just("before"))
     | st.builds(self_modifying, mlps, biases, keepers, chunk, projection_chunk=chunk, convolution=st.integers(1, 4))
     | st.sampled_from([moneta(), yaad(), memora(chunk=4)])
-    | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4))
+    | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4), persistent=st.integers(0, 9))
 )
-parts = rules | structures | biases | mixers
+blocks = (
+    st.builds(mag, mixers, persistent=st.integers(0, 9))
+    | st.builds(mal, mixers, st.integers(1, 512))
+    | st.builds(mac, mixers.filter(lambda mixer: not isinstance(mixer, attention)), convolution=st.integers(1, 4))
+)
+parts = rules | structures | biases | mixers | blocks
 
 
 @given(parts)

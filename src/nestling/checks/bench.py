@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from nestling.memory import Part
 from nestling.models import Decoder
 
 EXACT = 1e-12  # the same operations in the same order, or nearly
@@ -143,9 +144,18 @@ def vocabulary_of(model: Any) -> int:
 def span_of(model: Any) -> int:
     if not isinstance(model, Decoder):
         return _SPAN
-    mixer = model.config.mixer
-    found = [getattr(mixer, name) for name in ("chunk", "projection_chunk", "window") if hasattr(mixer, name)]
-    return max(found, default=_SPAN)
+    return max(_spans(model.config.mixer), default=_SPAN)
+
+
+def _spans(part: Any) -> Iterator[int]:
+    """Every chunk, window and segment of an expression and of the parts in it."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if field.name in ("chunk", "projection_chunk", "window", "segment", "shard"):
+            yield value
+        for inner in value if isinstance(value, tuple) else (value,):
+            if isinstance(inner, Part):
+                yield from _spans(inner)
 
 
 def snapshot(thing: Any) -> dict[str, Tensor]:

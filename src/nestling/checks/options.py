@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from nestling.levels import Reader, level
 from nestling.memory import Part, clip, dampen, huber_norm, momentum, retain, value_shift
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import Mixer
+from nestling.sequence import Mixer, caching
 
 from .bench import SAME, apart, sealed
 from .report import Finding, skip
 
 _SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
-_SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4}
+_SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persistent": 2, "slots": 2, "top": 1}
+_SMALL |= {"shard": 8, "local": (2, 4)}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
 _EXAMPLES = {"clip": clip(bound=0.0002), "huber_norm": huber_norm(0.0001)}  # of parts; others as they are by default
 
@@ -87,6 +88,8 @@ def small(part: Any) -> Any:
         value = getattr(part, field.name)
         if field.name in _SMALL and isinstance(value, int | float):
             changes[field.name] = min(value, _SMALL[field.name])
+        elif field.name in _SMALL and isinstance(value, tuple) and value:
+            changes[field.name] = _SMALL[field.name]
         elif isinstance(value, Part):
             changes[field.name] = small(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], level):
@@ -152,7 +155,10 @@ def _others(kind: Any, value: Any) -> Iterator[Any]:
 
 
 def _unused(part: Any) -> set[str]:
-    """Options that mean nothing beside the others: those of a level that a rule like its own does not use."""
+    """Options that mean nothing beside the others: those of a level that a rule like its own does not use, and how
+    many cached memories are chosen where all are read."""
+    if isinstance(part, caching) and part.read != "sparse":
+        return {"top"}
     if not isinstance(part, level):
         return set()
     if part.period == math.inf:

@@ -1,6 +1,8 @@
 """Sequence layers: a memory run over tokens, recurrently or a chunk at a time."""
 
 from .attention import SlidingAttention, attention
+from .caching import Caching, CachingState, caching
+from .context import ContextState, MemoryAsContext, mac
 from .layer import SequenceMemory, SequenceState, sequence_memory
 from .layout import Layout, lay_out
 from .linear import (
@@ -23,10 +25,21 @@ from .miras import memora, moneta, yaad
 from .mixer import Mixer, MixerModule
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
+from .softmax import softmax_memory
+from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
+from .tnt import Beside, BesideState, Shards, ShardState, beside, shards, tnt
 
 __all__ = [
+    "Beside",
+    "BesideState",
+    "Caching",
+    "CachingState",
+    "ContextState",
     "Layout",
     "Memory",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
     "MemoryState",
     "Mixer",
     "MixerModule",
@@ -34,8 +47,13 @@ __all__ = [
     "SelfModifyingState",
     "SequenceMemory",
     "SequenceState",
+    "ShardState",
+    "Shards",
     "SlidingAttention",
+    "TitansState",
     "attention",
+    "beside",
+    "caching",
     "comba",
     "delta_product",
     "delta_rule",
@@ -47,6 +65,9 @@ __all__ = [
     "linear_attention",
     "linear_memory",
     "longhorn",
+    "mac",
+    "mag",
+    "mal",
     "mamba2",
     "memora",
     "mesa",
@@ -55,5 +76,8 @@ __all__ = [
     "rwkv7",
     "self_modifying",
     "sequence_memory",
+    "shards",
+    "softmax_memory",
+    "tnt",
     "yaad",
 ]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convolution import ShortConvolution
@@ -15,14 +15,18 @@ from .mixer import Mixer, MixerModule, check_width, linear, merge_heads, split_h
 @dataclass(frozen=True, repr=False)
 class attention(Mixer):
     """Causal softmax attention over the last `window` tokens with rotary positions: the expression of
-    `SlidingAttention`. convolution: width of the short convolution on q, k, v; 1 for none."""
+    `SlidingAttention`. convolution: width of the short convolution on q, k, v; 1 for none. persistent: learned tokens
+    that every query sees, whatever the window."""
 
     window: int = 256
     convolution: int = 4
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"attention: window must be at least 1 token, got {self.window}")
+        if self.persistent < 0:
+            raise ValueError(f"attention: persistent must be at least 0 tokens, got {self.persistent}")
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SlidingAttention":
         return SlidingAttention(dim, heads, self, generator)
@@ -39,19 +43,22 @@ class AttentionState(NamedTuple):
 
 class SlidingAttention(MixerModule):
     """y_t = sum_i softmax_i(q_t . k_i / sqrt k) v_i over the last `window` tokens of the document (equation 62,
-    63). x [b, t, d] -> [b, t, d]."""
+    63), and over the persistent tokens p: k_p = W_k p, v_p = W_v p, without the convolution and without a position
+    (Titans 3.3). x [b, t, d] -> [b, t, d]."""
 
     def __init__(
         self, dim: int, heads: int, expression: attention = attention(), generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         check_width(dim, heads)
-        if (dim // heads) % 2:
-            raise ValueError(f"attention needs an even head width for rotary positions, got {dim} / {heads}")
+        check_turns(dim, heads)
         self.heads, self.window = heads, expression.window
         self.qkv = linear(3 * dim, dim, generator)
         self.convolution = ShortConvolution(3 * dim, expression.convolution, generator)
         self.project = linear(dim, dim, generator)
+        self.persistent: nn.Parameter | None = None
+        if expression.persistent:
+            self.persistent = nn.Parameter(torch.randn(expression.persistent, dim, generator=generator))
 
     def init_state(self, batch: int) -> AttentionState:
         weight = self.project.weight
@@ -79,10 +86,13 @@ class SlidingAttention(MixerModule):
         exists = state.exists
         if layout.begins is not None:
             exists = exists & ~layout.begins[:, None]
+        always = None if self.persistent is None else prefix(self.persistent, self.qkv.weight, self.heads)
         y, cache = [], (state.keys, state.values, exists)
         for first in range(0, q.shape[2], self.window):
             at = slice(first, first + self.window)
-            here, cache = self._block(q[:, :, at], k[:, :, at], v[:, :, at], cache, layout.valid, layout.document, at)
+            here, cache = self._block(
+                q[:, :, at], k[:, :, at], v[:, :, at], cache, always, layout.valid, layout.document, at
+            )
             y.append(here)
         out = layout.gather(merge_heads(torch.cat(y, 2)))
         return self.project(out), AttentionState(tail, *cache)
@@ -93,6 +103,7 @@ class SlidingAttention(MixerModule):
         k: Tensor,
         v: Tensor,
         cache: tuple[Tensor, Tensor, Tensor],
+        always: tuple[Tensor, Tensor] | None,
         valid: Tensor | None,
         document: Tensor | None,
         at: slice,
@@ -114,9 +125,7 @@ class SlidingAttention(MixerModule):
             mask = mask & (inside[:, :, None] == behind[:, None, :])
             exists = exists & (behind == behind[:, -1:])
         mask = mask | (columns == rows)  # an empty slot reads itself, so that no row of the softmax is empty
-        y = F.scaled_dot_product_attention(
-            _rotate(q, position[back:]), _rotate(keys, position), values, attn_mask=mask[:, None]
-        )
+        y = attend(q, keys, values, (position[back:], position), mask[:, None], always)
         if valid is None:
             return y, (keys[:, :, n:], values[:, :, n:], exists[:, n:])
         # rows end at their own last token
@@ -124,6 +133,38 @@ class SlidingAttention(MixerModule):
         each = torch.arange(q.shape[0], device=q.device)[:, None]
         kept = [part.transpose(1, 2)[each, last].transpose(1, 2) for part in (keys, values)]
         return y, (kept[0], kept[1], exists[each, last])
+
+
+def prefix(tokens: Tensor, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, h, p, k] of persistent tokens [p, d] by a projection to q, k and v [3 d, d]."""
+    k, v = F.linear(tokens, qkv[tokens.shape[1] :])[None].chunk(2, -1)
+    return split_heads(k, heads), split_heads(v, heads)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: tuple[Tensor, Tensor],
+    mask: Tensor,
+    always: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Softmax attention of queries [b, h, n, k] at positions [n] over keys and values [b, h, m, k] at positions [m],
+    where the mask [..., n, m] says so; and over keys and values [1, h, p, k] that every query sees `always`."""
+    turned, keys = _rotate(q, positions[0]), _rotate(keys, positions[1])
+    if always is None:
+        return F.scaled_dot_product_attention(turned, keys, values, attn_mask=mask)
+    # a key without a position meets the query as it was before its turn, in channels of their own
+    first, stands = (part.expand(len(q), -1, -1, -1) for part in always)
+    keys = torch.cat([F.pad(first, (q.shape[-1], 0)), F.pad(keys, (0, q.shape[-1]))], 2)
+    values, mask = torch.cat([stands, values], 2), F.pad(mask, (first.shape[2], 0), value=True)
+    queries = torch.cat([turned, q], -1)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=q.shape[-1] ** -0.5)
+
+
+def check_turns(dim: int, heads: int) -> None:
+    if (dim // heads) % 2:
+        raise ValueError(f"attention needs an even head width for rotary positions, got {dim} / {heads}")
 
 
 def _rotate(x: Tensor, position: Tensor) -> Tensor:

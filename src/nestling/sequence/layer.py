@@ -1,5 +1,6 @@
 """A memory as a layer: keys, values, queries and gates projected from the tokens. Titans and its kin."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
+from nestling.memory.structure import Weights
 
 from .convolution import ShortConvolution
 from .elementwise import Heads
@@ -87,34 +89,45 @@ class SequenceMemory(MixerModule):
         layout = lay_out(state.phase, x.shape[1], (self.memory.chunk,), reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
-        mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
-        raw = layout.spread(self.gates(x))
-        y, memory = self._scan(mixed, raw, layout, state.memory, start.memory)
-        y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
+        y, (memory,), tail = self.through(x, state.tail, layout, (state.memory,), (start.memory,), self.step)
         return self.output(y, x), SequenceState(layout.phase, tail, memory)
 
-    def _scan(
-        self, mixed: Tensor, raw: Tensor, layout: Layout, state: MemoryState, start: MemoryState
-    ) -> tuple[Tensor, MemoryState]:
+    def standing(self, state: SequenceState) -> Weights:
+        return state.memory.running
+
+    def through(
+        self, x: Tensor, tail: Tensor, layout: Layout, states: States, starts: States, step: "MemoryStep"
+    ) -> tuple[Tensor, States, Tensor]:
+        """Project x [b, t, d] and go through the layout's pieces with `step`: what was read [b, h, t, v], by token;
+        the states and the convolution's tail after it. The first of the states is that of this memory."""
+        mixed, tail = self.convolution(layout.spread(self.qkv(x)), tail, layout)
+        raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
             streams = Heads.apply(mixed.to(self.start[0].dtype), 3 * self.heads, 2 * self.heads)
             cut = (layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype)))
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
             whole = layout.valid is None and not self.memory.checkpoint
-            carry = self.memory.transfers(state, gates) if whole else [None] * len(gates)
+            carry = self.memory.transfers(states[0], gates) if whole else [None] * len(gates)
             q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
 
-            def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
-                opened = self.memory.open(states[0], piece.opens[0])
+            def one(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
                 pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
-                y, after = self.memory.run(opened, pairs, q[index])
-                return y, (after,)
+                return step(index, piece, pairs, q[index], states)
 
-            y, (memory,) = scan(layout, (state,), (start,), step, checkpoint=self.memory.checkpoint)
-        return y, memory
+            y, states = scan(layout, states, starts, one, checkpoint=self.memory.checkpoint)
+        return layout.gather(y.transpose(1, 2)).transpose(1, 2), states, tail
+
+    def step(self, index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
+        """One piece: open the chunk where one opens, write, and read."""
+        y, after = self.memory.run(self.memory.open(states[0], piece.opens[0]), pairs, queries)
+        return y, (after, *states[1:])
 
     def make_gates(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw gates [b, t, 3 h] -> step size, momentum and log retention, each [b, h, t]."""
         step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
         return self.step_bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention)
+
+
+MemoryStep = Callable[[int, Piece, Writes, Tensor, States], tuple[Tensor, States]]
+"""(index of the piece, it, what is written, queries [b, h, c, k], states) -> what is read [b, h, c, v], states."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.part import Part
+from nestling.memory.structure import Weights
 
 
 class Mixer(Part, family=True):
@@ -38,6 +39,11 @@ class MixerModule(nn.Module):
         """x [b, t, d] and the state so far -> y [b, t, d] and the state after it. `reset` marks the tokens that
         start a document; tokens that are not `valid` are padding: they change nothing, and their y is void."""
         raise NotImplementedError
+
+    def standing(self, state: Any) -> Weights:
+        """The weights [b, h, out, in] of the memory as they stand, for those who read it without writing. Raises
+        ValueError where there is no memory with weights."""
+        raise ValueError(f"{type(self).__name__} has no memory whose weights could be read")
 
 
 def linear(

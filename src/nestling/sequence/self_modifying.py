@@ -190,6 +190,9 @@ class SelfModifying(MixerModule):
         count = _count(state.bounded, list(bounded.values()))
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
 
+    def standing(self, state: SelfModifyingState) -> Weights:
+        return state.memories[-1].running
+
     def project(
         self,
         states: list[MemoryState],

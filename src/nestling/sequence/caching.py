@@ -1,0 +1,221 @@
+"""Memory Caching: the memory as it stood at the end of earlier segments is kept, and read beside the one of now."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nestling.memory.state import select
+from nestling.memory.structure import Weights, plain
+
+from .layer import SequenceMemory, sequence_memory
+from .layout import Piece, lay_out
+from .mixer import Mixer, MixerModule, linear
+from .scan import MemoryState, States, Writes
+
+_READS = ("residual", "gated", "soup", "sparse")
+
+
+@dataclass(frozen=True, repr=False)
+class caching(Mixer):
+    """A memory whose states at the ends of segments stay readable: the expression of `Caching`.
+
+    segment: tokens, a multiple of the memory's chunk. slots: how many ends are kept; the oldest makes room, so that
+    the state does not grow with the document. read: "residual", the sum of all; "gated", weighted by what the token
+    asks for; "soup", the weights themselves averaged, read once; "sparse", gated over the `top` best and the present.
+    """
+
+    memory: sequence_memory = sequence_memory()
+    segment: int = 256
+    read: Literal["residual", "gated", "soup", "sparse"] = "gated"
+    slots: int = 16
+    top: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, sequence_memory):
+            raise ValueError(f"caching: states are kept of a sequence_memory(), not of {self.memory}")
+        if self.segment < 1 or self.segment % self.memory.chunk:
+            raise ValueError(
+                f"caching: segment must be a multiple of the memory's chunk {self.memory.chunk}, got {self.segment}"
+            )
+        if self.read not in _READS:
+            raise ValueError(f"caching: read must be one of {_READS}, got {self.read!r}")
+        for name in ("slots", "top"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"caching: {name} must be at least 1, got {getattr(self, name)}")
+
+    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "Caching":
+        return Caching(dim, heads, self, generator)
+
+
+class CachingState(NamedTuple):
+    """phase: tokens since the segment opened [b]; tail, memory: of the memory. cached: its weights at the ends of
+    segments, the newest last [b, h, n, out, in]; means: of each of those segments' inputs [b, n, d], and which of
+    them there are [b, n]; total [b, d] of the inputs of this segment so far, and how many tokens [b]."""
+
+    phase: Tensor
+    tail: Tensor
+    memory: MemoryState
+    cached: Weights
+    means: Tensor
+    exists: Tensor
+    total: Tensor
+    tokens: Tensor
+
+
+class _Segments(NamedTuple):
+    """What `CachingState` says of the segments."""
+
+    means: Tensor
+    exists: Tensor
+    total: Tensor
+    tokens: Tensor
+
+
+class Caching(MixerModule):
+    """Memory Caching (arXiv 2602.24281). M_i is the memory at the end of segment i, M_t that of now, s the segment
+    of token t, and p_i the mean of segment i's inputs (of s: up to token t)::
+
+        residual  y_t = M_t(q_t) + sum_{i<s} M_i(q_t)
+        gated     y_t = g_s M_t(q_t) + sum_{i<s} g_i M_i(q_t),  g = softmax_{i<=s}(u_t . p_i / sqrt k), u = W_u x
+        soup      y_t = M(q_t) with every weight g_s W_t + sum_{i<s} g_i W_i
+        sparse    as gated, with the softmax over s and the `top` earlier segments of the largest u_t . p_i
+
+    There is one gate a head: u_t and p_i are cut into heads. A segment goes on from the weights that the one before
+    it ended on. Of the earlier segments the last `slots` are kept. "sparse" reads them all and drops the rest: what it
+    saves is not time. "soup" averages a set of weights for every token, and is slow. x [b, t, d] -> [b, t, d].
+    Oracle: tests/test_caching.py.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, expression: caching = caching(), generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.expression = expression
+        self.memory = SequenceMemory(dim, heads, expression.memory, generator)
+        self.asks: nn.Linear | None = None if expression.read == "residual" else linear(dim, dim, generator)
+
+    def init_state(self, batch: int) -> CachingState:
+        start, n = self.memory.init_state(batch), self.expression.slots
+        cached = tuple(w.new_zeros(*w.shape[:2], n, *w.shape[2:]) for w in start.memory.running)
+        total = self.memory.output.norm.new_zeros(batch, self.memory.qkv.in_features)
+        means = total[:, None].expand(-1, n, -1).contiguous()
+        exists = torch.zeros(batch, n, dtype=torch.bool, device=total.device)
+        return CachingState(*start, cached, means, exists, total, torch.zeros_like(start.phase))
+
+    def standing(self, state: CachingState) -> Weights:
+        return state.memory.running
+
+    def forward(
+        self,
+        x: Tensor,
+        state: CachingState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, CachingState]:
+        start = self.init_state(x.shape[0])
+        state = start if state is None else state
+        if x.shape[1] == 0:
+            return x, state
+        sizes = (self.expression.memory.chunk, self.expression.segment)
+        layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
+        if not layout.pieces:  # nothing but padding
+            return torch.zeros_like(x), state
+        tokens = layout.cut(layout.spread(x), 1)
+
+        def step(index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
+            return self._step(tokens[index], piece, pairs, queries, states)
+
+        y, states, tail = self.memory.through(x, state.tail, layout, _packed(state), _packed(start), step)
+        memory, kept = states
+        return self.memory.output(y, x), CachingState(layout.phase, tail, memory, kept.running, *kept.rule[0])
+
+    def _step(self, x: Tensor, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
+        """One piece of inputs [b, c, d]."""
+        memory, kept = states
+        if piece.opens[1] is not False:
+            kept = self._keep(kept, memory.running, piece.opens[1])
+        memory = self.memory.memory.open(memory, piece.opens[0])
+        segments: _Segments = kept.rule[0]
+        totals = segments.total[:, None] + x.cumsum(1)  # empty slots hold zero
+        held = torch.ones_like(x[..., 0], dtype=torch.int64) if pairs.valid is None else pairs.valid.long()
+        counts = segments.tokens[:, None] + held.cumsum(1)
+        n = int(segments.exists.sum(1).max())  # slots that some row has filled
+        gates = self._gates(x, totals / counts.clamp(min=1)[..., None], segments, n)
+        cached = tuple(weight[:, :, weight.shape[2] - n :] for weight in kept.running)
+        if self.expression.read == "soup":
+            assert gates is not None
+            y, memory = self._soup(memory, pairs, queries, cached, gates)
+        else:
+            y, memory = self.memory.memory.run(memory, pairs, queries)
+            y = self._join(y, queries, cached, segments.exists[:, segments.exists.shape[1] - n :], gates)
+        after = segments._replace(total=totals[:, -1], tokens=counts[:, -1])
+        return y, (memory, kept._replace(rule=(after,)))
+
+    def _keep(self, kept: MemoryState, ended: Weights, opens: bool | Tensor) -> MemoryState:
+        """The weights on which a segment ended join the others in the rows in which the next one opens."""
+        segments: _Segments = kept.rule[0]
+        rows = segments.tokens > 0  # before a document's first token nothing has ended
+        if isinstance(opens, Tensor):
+            rows = rows & opens
+        mean = segments.total / segments.tokens.clamp(min=1)[:, None]
+        pushed = _Segments(
+            torch.cat([segments.means[:, 1:], mean[:, None]], 1),
+            torch.cat([segments.exists[:, 1:], torch.ones_like(segments.exists[:, :1])], 1),
+            torch.zeros_like(segments.total),
+            torch.zeros_like(segments.tokens),
+        )
+        pairs = zip(kept.running, ended, strict=True)
+        weights = tuple(torch.cat([old[:, :, 1:], new.unsqueeze(2)], 2) for old, new in pairs)
+        return select(rows, MemoryState((), weights, (pushed,)), kept)
+
+    def _gates(self, x: Tensor, present: Tensor, segments: _Segments, n: int) -> Tensor | None:
+        """Weights [b, h, c, 1 + n] of the memory of now and of the last n cached ones; None where all are summed."""
+        if self.asks is None:
+            return None
+        heads = self.memory.heads
+        asked, now = (part.unflatten(-1, (heads, -1)) for part in (self.asks(x), present))  # [b, c, h, k]
+        first = segments.means.shape[1] - n
+        past = segments.means[:, first:].unflatten(-1, (heads, -1))
+        own = (asked * now).sum(-1)[..., None]
+        scores = torch.cat([own, torch.einsum("bchk,bnhk->bchn", asked, past)], -1).transpose(1, 2)
+        scores = scores / asked.shape[-1] ** 0.5
+        open_to = segments.exists[:, None, None, first:].expand(*scores.shape[:3], n)
+        if self.expression.read == "sparse" and n > self.expression.top:
+            best = scores[..., 1:].masked_fill(~open_to, -torch.inf).topk(self.expression.top, -1).indices
+            open_to = open_to & torch.zeros_like(open_to).scatter(-1, best, True)
+        allowed = torch.cat([open_to.new_ones(*scores.shape[:3], 1), open_to], -1)
+        return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+
+    def _join(self, now: Tensor, queries: Tensor, cached: Weights, exists: Tensor, gates: Tensor | None) -> Tensor:
+        """What the memory of now reads [b, h, c, v] with what the cached ones read."""
+        read = self.expression.memory.structure.forward(plain(cached), queries.unsqueeze(2))[0]  # [b, h, n, c, v]
+        if gates is None:
+            return now + torch.where(exists[:, None, :, None, None], read, 0.0).sum(2)
+        return gates[..., :1] * now + torch.einsum("bhcn,bhncv->bhcv", gates[..., 1:], read)
+
+    def _soup(
+        self, memory: MemoryState, pairs: Writes, queries: Tensor, cached: Weights, gates: Tensor
+    ) -> tuple[Tensor, MemoryState]:
+        """Token by token, since every token has weights of its own to average."""
+        reads = []
+        for t in range(queries.shape[2]):
+            here = None if pairs.valid is None else pairs.valid[:, t : t + 1]
+            before = memory
+            _, memory = self.memory.memory.run(memory, pairs.at(t)._replace(valid=here, carry=None))
+            standing = {"after": memory.running, "before": before.running, "boundary": memory.anchor}
+            g = gates[:, :, t, :, None, None]
+            mixed = tuple(
+                g[:, :, 0] * weight + (g[:, :, 1:] * old).sum(2)
+                for weight, old in zip(standing[self.expression.memory.read], cached, strict=True)
+            )
+            reads.append(self.expression.memory.structure.forward(plain(mixed), queries[:, :, t : t + 1])[0])
+        return torch.cat(reads, 2), memory
+
+
+def _packed(state: CachingState) -> States:
+    """As states of memories: the one that is written, and those that are cached, side by side."""
+    segments = _Segments(state.means, state.exists, state.total, state.tokens)
+    return state.memory, MemoryState((), state.cached, (segments,))

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nestling.sequence import attention as attention
     from nestling.sequence import self_modifying as self_modifying
     from nestling.sequence import sequence_memory as sequence_memory
+    from nestling.sequence.zoo import zoo as zoo
 
 # Names are looked up when they are first used: importing the package costs nothing, torch included.
 _ROOMS = {
@@ -72,6 +73,7 @@ _ROOMS = {
     ],
     "models": ("Decoder", "ModelConfig", "generate", "preset"),
     "optim": ("to_optimizer",),
+    "sequence.zoo": ("zoo",),
     "sequence": ("SelfModifying", "SequenceMemory", "attention", "self_modifying", "sequence_memory"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -1,4 +1,4 @@
-"""The command line: nestling train | learn | generate | info | check | demo."""
+"""The command line: nestling train | learn | generate | info | check | zoo | demo."""
 
 import os
 
@@ -21,13 +21,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nestling.checks import check
 from nestling.learner import load_model, newest, open_life, save_life
 from nestling.levels import Reader
-from nestling.memory import Part, parse
+from nestling.memory import Part, known, parse
 from nestling.models import Decoder, ModelConfig, generate, preset
 from nestling.models.data import from_data, to_data
+from nestling.sequence.zoo import FAR, Model, error, rows, size, zoo
 from nestling.tasks.demo import DEMO_TRAIN, DemoConfig, run_demo, shortened
 from nestling.tasks.report import print_report, write_report
 from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
@@ -300,6 +302,59 @@ def check_command(
     Console().print(report)
     if not report.passed:
         raise ValueError(f"{directory}: {', '.join(f.name for f in report if f.passed is False)} failed")
+
+
+@app.command(name="zoo")
+def zoo_command(name: tyro.conf.Positional[str | None] = None, *, check: bool = False) -> None:
+    """List the named models as points in Miras' space of four choices, tell of one, or check all.
+
+    Args:
+        name: of a model to tell more of.
+        check: run every model against its oracle, in each of its ways, and print how far they are apart.
+    """
+    shown = {name: known(name, zoo, "model")} if name is not None else dict(rows())
+    if check:
+        Console().print(checked(shown))
+    elif name is None:
+        Console().print(listed(shown))
+    else:
+        model = shown[name]
+        parts = zip(("structure", "attentional bias", "retention", "algorithm"), model.choices, strict=True)
+        told = {"": f"{model.equation}", "from": model.source, "expression": f"{model.mixer}", **dict(parts)}
+        told |= {"runs": ", ".join(model.ways), "note": model.note}
+        table = Table(title=name, show_header=False)
+        for word, text in told.items():
+            if text:
+                table.add_row(word, Text(text))
+        Console().print(table)
+
+
+def listed(models: dict[str, Model]) -> Table:
+    """A row a model: the four choices, numbers of state and products a token, of one head of 64."""
+    columns = ("model", "structure", "attentional bias", "retention", "algorithm", "ways", "state", "FLOPs/token")
+    table = Table(*columns, caption="one head of 64; FLOPs of a forward pass with projections")
+    for name, model in models.items():
+        cost = size(model.mixer)
+        cells = (name, *model.choices, ", ".join(model.ways), f"{cost.state:,}", f"{cost.flops:,}")
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def checked(models: dict[str, Model]) -> Table:
+    """A row a model and way: the largest relative difference from its oracle. Raises ValueError where one is large."""
+    table = Table("model", "way", "error", "note")
+    far = []
+    for name, model in models.items():
+        for way in model.ways if model.oracle is not None else ():
+            found = error(model, way)
+            table.add_row(name, way, f"{found:.1e}", "")
+            far += [] if found <= FAR else [f"{name} {way}"]
+        if model.oracle is None:
+            table.add_row(name, "", "", Text(model.note, style="dim"))
+    if far:
+        Console().print(table)
+        raise ValueError(f"not as their oracles: {', '.join(far)}")
+    return table
 
 
 @app.command(name="demo")

@@ -146,32 +146,41 @@ def naive_stepped(
     step_size: Tensor,
     momentum: Tensor,
     log_retention: Tensor,
+    readout: Callable[[Tensor], Tensor] | None = None,
 ) -> NaiveRun:
     """One step for every whole chunk of `choices.chunk` tokens; a token reads what stood before its chunk::
 
-        L(W) = sum_t eta_t loss(M_W(k_t), v_t)     over the chunk
-        S <- m S - dL/dW                           m: the mean of the chunk's; dampened: (1 - m) dL/dW
-        W <- a W + S                               a: the product of the chunk's; or W_0 + a (W - W_0) + S
+        g = sum_t eta_t dloss(M_W(k_t), v_t)/dW     over the chunk
+        S <- m S - g                   m: the mean of the chunk's; dampened: (1 - m) g
+        W <- a W + S                   a: the product of the chunk's; or W_0 + a (W - W_0) + S
 
-    Arguments as of `naive_memory`; of `choices`, also objective, residual, activation and decay_to. Source: LaCT.
+    With a readout, S <- m S - g / eta and W <- a W + eta readout(S), eta the mean of the chunk's. Arguments as of
+    `naive_memory`; of `choices`, also objective, residual, activation and decay_to. Sources: LaCT; ATLAS 32, 33.
     """
     running, buffers, reads = list(weights), [torch.zeros_like(w) for w in weights], []
     for first in range(0, keys.shape[0], choices.chunk):
-        tokens = range(first, min(first + choices.chunk, keys.shape[0]))
+        tokens = list(range(first, min(first + choices.chunk, keys.shape[0])))
         reads += [_answer(choices, tuple(running), queries[t]) for t in tokens]
         if len(tokens) < choices.chunk:
             break
-        gradients = [torch.zeros_like(w) for w in weights]
-        for t in tokens:
-            inputs, errors = _errors(choices, tuple(running), keys[t], values[t])
-            for i, (x, error) in enumerate(zip(inputs, errors, strict=True)):
-                gradients[i] = gradients[i] + step_size[t] * torch.outer(error, x)
-        m, a = momentum[list(tokens)].mean(), log_retention[list(tokens)].sum().exp()
-        for i, gradient in enumerate(gradients):
+        pairs = [_errors(choices, tuple(running), keys[t], values[t]) for t in tokens]
+        m, a, eta = momentum[tokens].mean(), log_retention[tokens].sum().exp(), step_size[tokens].mean()
+        for i in range(len(weights)):
+            each = [step_size[t] * torch.outer(e[i], x[i]) for t, (x, e) in zip(tokens, pairs, strict=True)]
+            gradient = torch.stack(each).sum(0) / (1.0 if readout is None else eta)
             forgotten_to = weights[i] if choices.decay_to == "start" else 0.0
             buffers[i] = m * buffers[i] - ((1 - m) * gradient if choices.dampened else gradient)
-            running[i] = forgotten_to + a * (running[i] - forgotten_to) + buffers[i]
+            added = buffers[i] if readout is None else eta * readout(buffers[i])
+            running[i] = forgotten_to + a * (running[i] - forgotten_to) + added
     return NaiveRun(torch.stack(reads), tuple(running), tuple(buffers))
+
+
+def naive_newton_schulz(matrix: Tensor) -> Tensor:
+    """Five iterations X <- a X + b X X^T X + c (X X^T)^2 X from matrix / |matrix|: Muon's (Jordan et al. 2024)."""
+    x = matrix / matrix.square().sum().sqrt()
+    for _ in range(5):
+        x = 3.4445 * x - 4.775 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    return x
 
 
 class NaiveSelfModifying(NamedTuple):

@@ -1,0 +1,111 @@
+"""Every named model is its oracle, is causal and goes on where it stopped, learns, and is told of truly."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nestling import Decoder, ModelConfig, checks, zoo
+from nestling.cli import main
+from nestling.memory import Rule, decay, gradient_descent, l2, matrix, mlp, parse, retain
+from nestling.sequence import Memory, Mixer, sequence_memory
+from nestling.sequence.zoo import FAR, Model, error, size
+
+ORACLES = [(name, way) for name, model in zoo.items() if model.oracle is not None for way in model.ways]
+SHORT = {"chunk": 8, "projection_chunk": 8, "segment": 8, "window": 8, "shard": 16, "local": (4, 8), "persistent": 2}
+
+
+def short(mixer: Mixer) -> Mixer:
+    """The same model with chunks that a test can cross."""
+    fields = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(mixer)}
+    changes = {name: value for name, value in SHORT.items() if name in fields and fields[name] != 1}
+    if isinstance(mixer, Memory) and mixer.window > 1:
+        changes["window"] = mixer.window
+    changes |= {name: short(value) for name, value in fields.items() if isinstance(value, Mixer)}
+    return dataclasses.replace(mixer, **changes)
+
+
+@pytest.mark.parametrize(("name", "way"), ORACLES)
+def test_is_its_oracle(name, way):
+    assert error(zoo[name], way) <= FAR
+
+
+def test_a_fault_is_seen():
+    """A model with another rule than its oracle's is far from it."""
+    found = zoo["deltanet"]
+    wrong = dataclasses.replace(found, mixer=dataclasses.replace(found.mixer, rule=retain(decay(), gradient_descent())))
+    assert error(wrong, "chunked") > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name, model in zoo.items() if model.oracle is None])
+def test_what_has_no_oracle_here_says_where_it_is(name):
+    assert any(word in zoo[name].note for word in ("tests/", "tutorial"))
+
+
+@pytest.mark.parametrize("name", zoo)
+def test_keeps_the_laws_of_sequence_models(name):
+    config = ModelConfig(dim=8, heads=2, blocks=1, vocabulary=7, mixer=short(zoo[name].mixer))
+    names = ["causality", "rows_independent", "purity", "split_invariance", "gradient_coverage"]
+    report = checks.check(Decoder(config), only=names)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", zoo)
+def test_prints_as_the_line_that_builds_it(name):
+    assert parse(str(zoo[name].mixer), Mixer) == zoo[name].mixer
+
+
+def test_deep_memories_depend_on_their_chunk_and_exact_ones_do_not():
+    x = torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
+
+    def apart(name: str) -> float:
+        mixers = [dataclasses.replace(zoo[name].mixer, chunk=chunk) for chunk in (4, 12)]
+        layers = [mixer.build(16, 2, torch.Generator().manual_seed(0)) for mixer in mixers]
+        layers[1].step_bound = layers[0].step_bound  # the same steps
+        return float((layers[0](x)[0] - layers[1](x)[0]).abs().max())
+
+    assert max(map(apart, ("linear_attention", "deltanet", "gated_deltanet"))) < 1e-5
+    assert min(map(apart, ("titans", "yaad", "ttt_mlp"))) > 1e-4
+
+
+def test_four_choices_and_what_they_cost():
+    model = zoo["titans"]
+    assert model.choices == ("mlp()", "l2()", "decay()", "momentum()")
+    assert model.ways == ("chunked", "recurrent")
+    assert size(model.mixer).state == 4 * 64 * 64, "two maps, each with a momentum"
+    assert size(zoo["deltanet"].mixer).state == 64 * 64
+    longer = [size(zoo["deltanet"].mixer, length=length).flops for length in (256, 512)]
+    assert longer[0] == longer[1], "linear in length"
+    assert zoo["atlas"].ways == ("stepped",)
+
+
+def test_the_command_line_lists_tells_and_checks(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["zoo"]) == 0
+    told = capfd.readouterr().out
+    assert all(name in told for name in zoo)
+    assert main(["zoo", "moneta"]) == 0
+    told = capfd.readouterr().out
+    assert "equations 24, 25" in told
+    assert "lp(" in told
+    assert main(["zoo", "deltanet", "--check"]) == 0
+    assert "recurrent" in capfd.readouterr().out
+    assert main(["zoo", "monetta"]) == 2
+    assert "did you mean 'moneta'?" in capfd.readouterr().err
+
+
+def test_a_model_far_from_its_oracle_fails_the_check(capfd, monkeypatch):
+    wrong = Model(
+        sequence_memory(matrix(), l2(), retain(decay(), gradient_descent()), gradient_at="token"),
+        *(zoo["deltanet"].equation, zoo["deltanet"].source, zoo["deltanet"].oracle),
+    )
+    monkeypatch.setitem(zoo, "deltanet", wrong)
+    assert main(["zoo", "deltanet", "--check"]) == 2
+    assert "not as their oracles: deltanet chunked" in capfd.readouterr().err
+
+
+def test_rules_are_parts_and_structures_too():
+    for model in zoo.values():
+        if isinstance(model.mixer, Memory):
+            assert isinstance(model.mixer.rule, Rule)
+    assert mlp() == zoo["titans"].mixer.structure

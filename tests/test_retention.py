@@ -35,7 +35,7 @@ from nestling.memory import (
     row_norm,
     sigmoid,
 )
-from nestling.memory.naive_miras import naive_memora, naive_miras, naive_moneta, naive_yaad, plain_step
+from nestling.memory.naive_miras import Run, naive_memora, naive_miras, naive_moneta, naive_yaad, plain_step
 from nestling.optim import to_optimizer
 from nestling.sequence import Memory, memora, moneta, sequence_memory, yaad
 
@@ -180,8 +180,7 @@ def settled(retention, start: Tensor):
             shrink = 1 / (1 + step_size * retention.ridge)
             zeta, gamma = step_size * shrink, step_size * retention.lasso * shrink
             return soft(shrink * kept * standing - zeta * gradient, gamma)
-        moved = plain_step(standing, gradient, step_size, kept)
-        return torch.stack([row * first.norm() / row.norm() for row, first in zip(moved, start, strict=True)])
+        return rows(plain_step(standing, gradient, step_size, kept), start)
 
     return step
 
@@ -348,6 +347,50 @@ def test_lact_writes_a_chunk_and_makes_its_rows_as_long_as_before():
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("way", ["chunked", "recurrent"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lact_with_a_step_size_for_every_token(length, way):
+    """W <- rows(a W - sum of eta_t grad_t) once a chunk, the gradients at the old weights, which answer the queries."""
+    rule = retain(row_norm(each="chunk"), gradient_descent())
+    memory = Memory(gated_mlp(), dot(), rule, 16, "chunk", "boundary", way)
+    data = make(memory, length, step_size=0.1)
+
+    def oracle(starts, flow):
+        weights, reads = starts, []
+        for t in range(length):
+            if t % 16 == 0:
+                opened = weights = tuple(rows(w, start) for w, start in zip(weights, starts, strict=True))
+            gate, up = opened[0] @ flow.keys[t], opened[1] @ flow.keys[t]
+            back = -opened[2].mT @ flow.values[t]
+            slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
+            gradient = (
+                torch.outer(back * up * slope, flow.keys[t]),
+                torch.outer(back * gate * gate.sigmoid(), flow.keys[t]),
+                torch.outer(-flow.values[t], gate * gate.sigmoid() * up),
+            )
+            steps = zip(weights, gradient, strict=True)
+            weights = tuple(plain_step(w, g, flow.step_size[t], flow.retention[t]) for w, g in steps)
+            gate = opened[0] @ flow.queries[t]
+            reads.append(opened[2] @ (gate * gate.sigmoid() * (opened[1] @ flow.queries[t])))
+        return Run(torch.stack(reads), weights)
+
+    assert_is_oracle(memory, data, oracle)
+
+
+def rows(weight: Tensor, like: Tensor) -> Tensor:
+    return torch.stack([row * first.norm() / row.norm() for row, first in zip(weight, like, strict=True)])
+
+
+def test_what_is_done_where_a_chunk_opens_needs_chunks():
+    rule = retain(row_norm(each="chunk"))
+    with pytest.raises(ValueError, match="has no chunks"):
+        Memory(matrix(), dot(), rule, 16, "token")
+    with pytest.raises(ValueError, match=r"every\(4, .*use each='write'"):
+        every(4, rule)
+    with pytest.raises(ValueError, match="an optimizer has no chunks"):
+        to_optimizer(rule, nn.Linear(2, 2).parameters())
+
+
 def test_row_norm_is_an_optimizers_too():
     net = nn.Linear(4, 3, bias=False, dtype=F64)
     before = net.weight.detach().clone()
@@ -381,6 +424,7 @@ def test_a_layer_keeps_its_accumulator_between_calls():
         (lambda: kl(0.0), "kl: scale must be more than 0 and finite, got 0.0"),
         (lambda: elastic_net(-1.0), "elastic_net: lasso must be at least 0 and finite, got -1.0"),
         (lambda: elastic_net(0.1, math.inf), "elastic_net: ridge must be at least 0 and finite, got inf"),
+        (lambda: row_norm(each="token"), "row_norm: each must be 'write' or 'chunk', got 'token'"),
         (lambda: elastic_net_ftrl(-0.1), "elastic_net_ftrl: threshold must be at least 0 and finite, got -0.1"),
     ],
 )

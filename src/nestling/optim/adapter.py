@@ -38,6 +38,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
+        if rule.reopens:
+            raise ValueError(f"{rule} changes weights where a chunk opens, and an optimizer has no chunks")
         if tokens < 1:
             raise ValueError(f"tokens must be >= 1, got {tokens}")
         self.rule = rule

@@ -81,6 +81,8 @@ class Memory:
                 f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
                 "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
             )
+        if self.rule.reopens and self.exact:
+            raise ValueError(f"{self.rule} changes weights where a chunk opens; gradient_at='token' has no chunks")
         if self.exact and self.way == "chunked":
             if not self.structure.linear:
                 raise ValueError(
@@ -108,7 +110,8 @@ class Memory:
         """The state with a new chunk opened in `rows`: gradients are taken at the current weights from here."""
         if self.exact or rows is False:
             return state
-        opened = MemoryState(state.running, state.running, tuple(self.rule.anchor(s) for s in state.rule))
+        running = tuple(self.rule.reopen(weight, s) for weight, s in zip(state.running, state.rule, strict=True))
+        opened = MemoryState(running, running, tuple(self.rule.anchor(s) for s in state.rule))
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
     def exposed(self, weights: Weights, state: MemoryState) -> Weights:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from miras import F64, LENGTHS, Data, assert_is_oracle, fast, gradients, make
+from nestling.checks import check
 from nestling.levels import level
 from nestling.memory import (
     Gates,
+    Retention,
     Summed,
     clip,
     decay,
@@ -36,6 +38,8 @@ from nestling.memory import (
     sigmoid,
 )
 from nestling.memory.naive_miras import Run, naive_memora, naive_miras, naive_moneta, naive_yaad, plain_step
+from nestling.models import Decoder, ModelConfig
+from nestling.models.data import from_data, to_data
 from nestling.optim import to_optimizer
 from nestling.sequence import Memory, memora, moneta, sequence_memory, yaad
 
@@ -401,6 +405,22 @@ def test_row_norm_is_an_optimizers_too():
         optimizer.step()
     torch.testing.assert_close(net.weight.norm(dim=-1), before.norm(dim=-1))
     assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("build", [moneta, yaad, memora])
+def test_the_models_pass_the_kit(build):
+    """All but the coverage of gradients: the layer makes a momentum gate, and these rules have no momentum."""
+    names = ["causality", "rows_independent", "split_invariance", "gradient_exactness", "surprise_falls"]
+    config = ModelConfig(vocabulary=7, dim=8, heads=2, blocks=1, mixer=build(chunk=4), levels=(level(8),))
+    report = check(Decoder(config), only=names)
+    assert report.passed, str(report)
+    assert not any(finding.skipped for finding in report)
+    assert from_data(ModelConfig, to_data(config)) == config
+
+
+@pytest.mark.parametrize("part", [*EXPOSING, *SETTLING, row_norm(each="chunk")], ids=str)
+def test_round_trips_as_data(part):
+    assert from_data(Retention, to_data(part)) == part
 
 
 def test_a_layer_keeps_its_accumulator_between_calls():

@@ -2,6 +2,7 @@
 
 from .attentional_bias import (
     AttentionalBias,
+    Bounded,
     dot,
     huber_coordinates,
     huber_norm,
@@ -37,6 +38,7 @@ from .structure import Structure, Weights, gated_mlp, matrix, mlp, plain
 
 __all__ = [
     "AttentionalBias",
+    "Bounded",
     "FeatureMap",
     "Gates",
     "Gradient",

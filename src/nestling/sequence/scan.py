@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from nestling.memory.attentional_bias import AttentionalBias, l2
+from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import (
     ChunkEnd,
@@ -197,8 +197,16 @@ class Memory:
         if pairs.own_targets:
             values = self.structure.forward(plain(weights), values)[0]
         answers, inputs, outputs = self.structure.forward(plain(weights), pairs.keys)
-        keys = pairs.keys.unsqueeze(2) if isinstance(self.structure, together) else pairs.keys
-        error = self.attentional_bias.error(answers, self.attentional_bias.target(keys, values))
+        keys, bound, bias = pairs.keys, pairs.bound, self.attentional_bias
+        if isinstance(self.structure, together):
+            keys, bound = keys.unsqueeze(2), None if bound is None else bound.unsqueeze(2)
+        values = bias.target(keys, values)
+        if bound is None:
+            error = bias.error(answers, values)
+        elif isinstance(bias, Bounded):
+            error = bias.error_within(answers, values, bound[..., None])
+        else:
+            raise ValueError(f"a bound for every token is for huber_switch() and its kin, not for {bias}")
         return inputs, self.structure.backward(weights, outputs, error)
 
     def _plan(self, pairs: "Writes", inputs: Tensor, error: Tensor | None, rule_state: Any) -> tuple[Plan, Tensor]:
@@ -260,7 +268,8 @@ class Writes(NamedTuple):
 
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c]; valid [b, c]: slots that hold a token
     (None: all). own_targets: what is learned is not the value but the memory's own answer to it at the weights
-    on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it is known.
+    on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it is known. bound [b, h, c]:
+    each token's own, of a bias that has one.
     """
 
     keys: Tensor
@@ -269,11 +278,14 @@ class Writes(NamedTuple):
     valid: Tensor | None = None
     own_targets: bool = False
     carry: chunks.Transfer | None = None
+    bound: Tensor | None = None
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""
         at = slice(t, t + 1)
-        return self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
+        bound = None if self.bound is None else self.bound[..., at]
+        pair = self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
+        return pair._replace(bound=bound)
 
     def counted(self) -> Tensor | None:
         """1 where there is a token and 0 where there is none [b, 1, c]."""

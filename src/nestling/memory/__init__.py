@@ -14,6 +14,7 @@ from .attentional_bias import (
 )
 from .compound import biased, features, normed
 from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
+from .oja import oja
 from .part import Part, all_variants, known, parse
 from .retention import Retention, decay, decay_to_start, elastic_net, elastic_net_ftrl, kl, lq, row_norm, sigmoid
 from .rule import (
@@ -80,6 +81,7 @@ __all__ = [
     "momentum",
     "normalize",
     "normed",
+    "oja",
     "parse",
     "plain",
     "polynomial",

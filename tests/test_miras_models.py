@@ -9,8 +9,10 @@ from miras import LENGTHS, Data, assert_is_oracle, fast, make
 from nestling.checks import check
 from nestling.levels import level
 from nestling.memory import (
+    biased,
     dot,
     every,
+    features,
     gated_mlp,
     gradient_descent,
     kl,
@@ -18,16 +20,18 @@ from nestling.memory import (
     matrix,
     mlp,
     momentum,
+    normed,
     plain,
     residual_l2,
     retain,
     row_norm,
+    sigmoid,
 )
 from nestling.memory.naive_miras import Run, naive_memora, naive_moneta, naive_yaad, plain_step
 from nestling.memory.structure import side_by_side, together
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
-from nestling.sequence import Memory, memora, moneta, yaad
+from nestling.sequence import Memory, memora, moneta, self_modifying, yaad
 from nestling.sequence.scan import Writes
 
 
@@ -71,6 +75,20 @@ def test_the_models_pass_the_kit(build):
     assert report.passed, str(report)
     assert not any(finding.skipped for finding in report)
     assert from_data(ModelConfig, to_data(config)) == config
+
+
+@pytest.mark.parametrize("structure", [gated_mlp(residual=True), biased(mlp()), features(matrix())], ids=str)
+def test_memories_that_modify_themselves(structure):
+    expression = self_modifying(structure, rule=retain(kl(), momentum()), read="boundary", chunk=4, projection_chunk=4)
+    layer = expression.build(8, 2, torch.Generator().manual_seed(0)).double()
+    x = torch.randn(2, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, _ = layer(x)
+    first, state = layer(x[:, :6])
+    torch.testing.assert_close(torch.cat([first, layer(x[:, 6:], state)[0]], 1), y, rtol=1e-10, atol=1e-10)
+    y.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in layer.starts.parameters())
+    with pytest.raises(ValueError, match=r"can be made to end in a gate, not normed\(\)"):
+        self_modifying(normed()).build(8, 2)
 
 
 def test_lact_writes_a_chunk_and_makes_its_rows_as_long_as_before():
@@ -136,9 +154,19 @@ def rows(weight: Tensor, like: Tensor) -> Tensor:
     return torch.stack([row * first.norm() / row.norm() for row, first in zip(weight, like, strict=True)])
 
 
+ALONE = [
+    (matrix(), kl()),
+    (mlp(residual=False), lq()),
+    (mlp(), row_norm(each="chunk")),
+    (gated_mlp(), kl(2.0)),
+    (normed(), lq()),
+    (biased(mlp(residual=False)), sigmoid()),
+    (features(), row_norm(each="chunk")),
+]
+
+
 @pytest.mark.parametrize("way", ["chunked", "recurrent"])
-@pytest.mark.parametrize("retention", [kl(), lq(), row_norm(each="chunk")], ids=str)
-@pytest.mark.parametrize("structure", [matrix(), mlp(residual=False)], ids=str)
+@pytest.mark.parametrize(("structure", "retention"), ALONE, ids=str)
 def test_memories_that_run_together_are_as_each_alone(structure, retention, way):
     """Written with their own answers, as self-modifying memories are, and the residual target."""
     rule = retain(retention, momentum())

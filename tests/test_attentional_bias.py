@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miras import F64, LENGTHS, assert_is_oracle, make
+from miras import F64, LENGTHS, assert_is_oracle, gradients, make, near, slow
 from nestling.memory import (
     AttentionalBias,
     decay,
@@ -28,6 +28,7 @@ from nestling.memory import (
 )
 from nestling.memory.naive_miras import naive_miras
 from nestling.sequence import Memory
+from nestling.sequence.scan import Writes
 
 EXACT = [
     dot(),
@@ -162,8 +163,9 @@ def function(weights, key):
     return weights[1] @ torch.nn.functional.gelu(weights[0] @ key) if len(weights) == 2 else weights[0] @ key
 
 
-def slope(bias):
+def slope(bias, bound=None):
     """The bias's derivative for one token, by its formula, with a graph."""
+    bound = getattr(bias, "bound", None) if bound is None else bound
 
     def found(read: Tensor, value: Tensor, key: Tensor) -> Tensor:
         r = read - value
@@ -174,24 +176,63 @@ def slope(bias):
             case lp():
                 return bias.p * torch.tanh(bias.smooth * r) * (r * r + 1e-6) ** ((bias.p - 1) / 2)
             case huber_coordinates():
-                return torch.stack([x if x.abs() <= bias.bound else x.sign() * bias.bound for x in r])
+                return torch.stack([x if x.abs() <= bound else x.sign() * bound for x in r])
             case huber_norm():
-                return r if length <= bias.bound else bias.bound * r / length
+                return r if length <= bound else bound * r / length
             case huber_switch():
-                return r if length <= bias.bound else bias.bound * torch.tanh(bias.smooth * r)
-        return r + bias.bound * r / length
+                return r if length <= bound else bound * torch.tanh(bias.smooth * r)
+        return r + bound * r / length
 
     return found
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("way", ["chunked", "recurrent"])
+@pytest.mark.parametrize(("way", "length"), [("chunked", n) for n in LENGTHS] + [("recurrent", 19)])
 @pytest.mark.parametrize("bias", BOUNDED, ids=str)
 def test_a_memory_learns_by_it(bias, way, length):
     structure = matrix() if bias == lp(1.5) else mlp(residual=False)
     memory = Memory(structure, bias, retain(decay()), 16, "chunk", "after", way)
     data = make(memory, length, step_size=0.03)
     assert_is_oracle(memory, data, lambda starts, flow: naive_miras(function, slope(bias), starts, flow, chunk=16))
+
+
+@pytest.mark.parametrize("way", ["chunked", "recurrent"])
+@pytest.mark.parametrize("bias", BOUNDED[2:6], ids=str)
+def test_a_bound_for_every_token(bias, way):
+    """The oracle finds each token's bound behind its value."""
+    memory = Memory(mlp(residual=False), bias, retain(decay()), 16, "chunk", "after", way)
+    data = make(memory, 21, value=3, step_size=0.03)
+    bound = (0.3 + 2.0 * normal(*data.values.shape[:3], seed=4).sigmoid()).requires_grad_()
+    state, reads = memory.begin(data.starts), []
+    for opens in (0, 16):
+        at = slice(opens, opens + 16)
+        keys, values, queries = (x[..., at, :] for x in (data.keys, data.values, data.queries))
+        writes = Writes(keys, values, data.gates.at(at), bound=bound[..., at])
+        y, state = memory.run(memory.open(state, True), writes, queries)
+        reads.append(y)
+
+    def own(read: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        return slope(bias, value[-1])(read, value[:-1], key)
+
+    def oracle(starts, flow):
+        return naive_miras(function, own, starts, flow, chunk=16)
+
+    given = dataclasses.replace(data, values=torch.cat([data.values, bound[..., None]], -1))
+    found, expected = [torch.cat(reads, 2), *state.running], slow(given, oracle)
+    for mine, theirs in zip(found, expected, strict=True):
+        near(mine, theirs)
+    leaves = [*data.leaves, bound]
+    wanted = gradients(expected, leaves)
+    assert wanted[-1].any()
+    for mine, theirs in zip(gradients(found, leaves), wanted, strict=True):
+        near(mine, theirs)
+
+
+def test_a_bound_where_there_is_none_is_refused():
+    memory = Memory(matrix(), l2(), retain(decay()), 16)
+    data = make(memory, 3)
+    writes = Writes(data.keys, data.values, data.gates, bound=data.gates.step_size)
+    with pytest.raises(ValueError, match=r"huber_switch\(\) and its kin, not for l2\(\)"):
+        memory.run(memory.open(memory.begin(data.starts), True), writes)
 
 
 @pytest.mark.parametrize("way", ["chunked", "recurrent"])

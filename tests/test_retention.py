@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from miras import F64, LENGTHS, Data, assert_is_oracle, fast, gradients, make
+from miras import F64, LENGTHS, assert_is_oracle, fast, gradients, make
 from nestling.levels import level
 from nestling.memory import (
     Gates,
+    Retention,
     Summed,
     clip,
     decay,
@@ -21,7 +22,6 @@ from nestling.memory import (
     elastic_net,
     elastic_net_ftrl,
     every,
-    gated_mlp,
     gradient_descent,
     kl,
     l2,
@@ -30,14 +30,14 @@ from nestling.memory import (
     mlp,
     momentum,
     parse,
-    plain,
     retain,
     row_norm,
     sigmoid,
 )
-from nestling.memory.naive_miras import naive_memora, naive_miras, naive_moneta, naive_yaad, plain_step
+from nestling.memory.naive_miras import naive_miras, plain_step
+from nestling.models.data import from_data, to_data
 from nestling.optim import to_optimizer
-from nestling.sequence import Memory, memora, moneta, sequence_memory, yaad
+from nestling.sequence import Memory, sequence_memory
 
 EXPOSING = [lq(), lq(5.0), lq(1.5), lq(3.0), kl(), kl(2.5), sigmoid(), elastic_net_ftrl(0.3)]
 SETTLING = [elastic_net(0.3), elastic_net(0.1, 0.5), row_norm()]
@@ -180,8 +180,7 @@ def settled(retention, start: Tensor):
             shrink = 1 / (1 + step_size * retention.ridge)
             zeta, gamma = step_size * shrink, step_size * retention.lasso * shrink
             return soft(shrink * kept * standing - zeta * gradient, gamma)
-        moved = plain_step(standing, gradient, step_size, kept)
-        return torch.stack([row * first.norm() / row.norm() for row, first in zip(moved, start, strict=True)])
+        return rows(plain_step(standing, gradient, step_size, kept), start)
 
     return step
 
@@ -287,65 +286,18 @@ def test_laws_of_settling(weight, gradient, eta):
     assert torch.equal(shrunk == 0, plainly.abs() <= 0.5 * eta)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("way", ["chunked", "recurrent"])
-@pytest.mark.parametrize("model", ["moneta", "yaad", "memora"])
-def test_the_models_of_miras(model, way, length):
-    chunk = 16 if way == "chunked" or length > 7 else 1
-    expression = {"moneta": moneta(chunk=chunk), "yaad": yaad(2.0, chunk), "memora": memora(1.5, chunk)}[model]
-    read = expression.read if chunk > 1 else "after"
-    memory = Memory(expression.structure, expression.attentional_bias, expression.rule, chunk, "chunk", read, way)
-    data = make(memory, length, step_size=0.01)
-    oracle = {
-        "moneta": lambda starts, flow: naive_moneta(starts, flow, p=3.0, q=4.0, sharpness=10.0, chunk=chunk, read=read),
-        "yaad": lambda starts, flow: naive_yaad(starts, flow, bound=2.0, sharpness=10.0, chunk=chunk, read=read),
-        "memora": lambda starts, flow: naive_memora(starts, flow, scale=1.5, chunk=chunk, read=read),
-    }[model]
-    assert_is_oracle(memory, data, oracle, 1e-9)
+def rows(weight: Tensor, like: Tensor) -> Tensor:
+    return torch.stack([row * first.norm() / row.norm() for row, first in zip(weight, like, strict=True)])
 
 
-@pytest.mark.parametrize("build", [moneta, yaad, memora])
-def test_the_models_as_layers(build):
-    layer = build(chunk=8).build(16, 2, torch.Generator().manual_seed(0))
-    x = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(1))
-    y, _ = layer(x)
-    first, state = layer(x[:, :5])
-    torch.testing.assert_close(torch.cat([first, layer(x[:, 5:], state)[0]], 1), y, rtol=2e-5, atol=2e-5)
-    y.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    assert all(start.grad.any() for start in layer.start)
-    shifted = x.clone()
-    shifted[:, 12:] += 1.0
-    torch.testing.assert_close(layer(shifted)[0][:, :12], y[:, :12], rtol=0, atol=1e-6)
-
-
-def test_lact_writes_a_chunk_and_makes_its_rows_as_long_as_before():
-    """Old weights answer the chunk's queries, then one step on the chunk's sum, rows renormalised (LaCT)."""
-    chunk, rule = 4, every(4, retain(row_norm(), momentum()))
-    memory = Memory(gated_mlp(), dot(), rule, chunk, "chunk", "boundary", "recurrent")
-    data: Data = make(memory, 12, step_size=0.2)
-    with torch.no_grad():
-        data.gates.step_size.fill_(0.4)
-        data.gates.log_retention.zero_()
-    data.gates = data.gates._replace(momentum=0.6)
-    y, state = fast(memory, data)
-    weights = [w.detach().requires_grad_() for w in data.starts]
-    buffers, reads = [torch.zeros_like(w) for w in weights], []
-    for opens in range(0, 12, chunk):
-        k, v, q = (x[..., opens : opens + chunk, :] for x in (data.keys, data.values, data.queries))
-        reads.append(memory.structure.forward(plain(tuple(weights)), q)[0])
-        gate = k @ weights[0].mT
-        answer = (gate * gate.sigmoid() * (k @ weights[1].mT)) @ weights[2].mT
-        gradient = torch.autograd.grad(-(answer * v).sum(), weights)
-        buffers = [0.6 * s - 0.4 / chunk * g for s, g in zip(buffers, gradient, strict=True)]
-        moved = [w + s for w, s in zip(weights, buffers, strict=True)]
-        weights = [
-            (F.normalize(w, dim=-1) * first.norm(dim=-1, keepdim=True)).detach().requires_grad_()
-            for w, first in zip(moved, data.starts, strict=True)
-        ]
-    torch.testing.assert_close(y, torch.cat(reads, -2), rtol=1e-10, atol=1e-10)
-    for mine, theirs in zip(state.running, weights, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+def test_what_is_done_where_a_chunk_opens_needs_chunks():
+    rule = retain(row_norm(each="chunk"))
+    with pytest.raises(ValueError, match="has no chunks"):
+        Memory(matrix(), dot(), rule, 16, "token")
+    with pytest.raises(ValueError, match=r"every\(4, .*use each='write'"):
+        every(4, rule)
+    with pytest.raises(ValueError, match="an optimizer has no chunks"):
+        to_optimizer(rule, nn.Linear(2, 2).parameters())
 
 
 def test_row_norm_is_an_optimizers_too():
@@ -358,6 +310,11 @@ def test_row_norm_is_an_optimizers_too():
         optimizer.step()
     torch.testing.assert_close(net.weight.norm(dim=-1), before.norm(dim=-1))
     assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("part", [*EXPOSING, *SETTLING, row_norm(each="chunk")], ids=str)
+def test_round_trips_as_data(part):
+    assert from_data(Retention, to_data(part)) == part
 
 
 def test_a_layer_keeps_its_accumulator_between_calls():
@@ -381,6 +338,7 @@ def test_a_layer_keeps_its_accumulator_between_calls():
         (lambda: kl(0.0), "kl: scale must be more than 0 and finite, got 0.0"),
         (lambda: elastic_net(-1.0), "elastic_net: lasso must be at least 0 and finite, got -1.0"),
         (lambda: elastic_net(0.1, math.inf), "elastic_net: ridge must be at least 0 and finite, got inf"),
+        (lambda: row_norm(each="token"), "row_norm: each must be 'write' or 'chunk', got 'token'"),
         (lambda: elastic_net_ftrl(-0.1), "elastic_net_ftrl: threshold must be at least 0 and finite, got -0.1"),
     ],
 )

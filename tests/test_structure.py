@@ -104,7 +104,7 @@ def test_init_scales_with_the_fan_in_and_repeats_with_the_seed():
         (lambda: mlp(expansion=0.0), r"expansion must be more than 0, got 0.0"),
         (lambda: mlp(activation="relu"), r"'gelu' or 'silu', got 'relu'"),
         (lambda: mlp().shapes(4, 3), r"mlp\(\).*got 4 and 3.*residual=False"),
-        (lambda: together(together(matrix())), r"needs matrix\(\) or mlp"),
+        (lambda: together(together(matrix())), r"needs one memory's structure, such as matrix\(\) or mlp"),
     ],
 )
 def test_bad_arguments_are_named(build, message):

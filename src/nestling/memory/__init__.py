@@ -3,6 +3,7 @@
 from .adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
 from .attentional_bias import (
     AttentionalBias,
+    Bounded,
     dot,
     huber_coordinates,
     huber_norm,
@@ -15,6 +16,7 @@ from .attentional_bias import (
 from .compound import biased, features, normed
 from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
 from .nested import add, delta_momentum, gradient_keys, remember
+from .oja import oja
 from .orthogonal import (
     full_matrix_adagrad,
     joint_delta_gradient_descent,
@@ -48,6 +50,7 @@ from .structure import Structure, Weights, gated_mlp, matrix, mlp, plain
 
 __all__ = [
     "AttentionalBias",
+    "Bounded",
     "FeatureMap",
     "Gates",
     "Gradient",
@@ -103,6 +106,7 @@ __all__ = [
     "newton_schulz",
     "normalize",
     "normed",
+    "oja",
     "parse",
     "plain",
     "polynomial",

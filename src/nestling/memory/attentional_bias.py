@@ -110,8 +110,8 @@ class lp(AttentionalBias):
 
 
 @dataclass(frozen=True, repr=False)
-class _bounded(AttentionalBias, abstract=True):
-    """A bias with a bound on the residual."""
+class Bounded(AttentionalBias, abstract=True):
+    """A bias with a bound on the residual: a number, or one that each token chooses (`scan.Writes.bound`)."""
 
     bound: float = 1.0
 
@@ -119,20 +119,27 @@ class _bounded(AttentionalBias, abstract=True):
         if not self.bound > 0:
             raise ValueError(f"{type(self).__name__}: bound must be > 0, got {self.bound}")
 
+    def error(self, read: Tensor, value: Tensor) -> Tensor:
+        return self.error_within(read, value, self.bound)
+
+    @abstractmethod
+    def error_within(self, read: Tensor, value: Tensor, bound: Tensor | float) -> Tensor:
+        """`error` with this bound, > 0, in place of the part's own: a number or [..., 1]."""
+
 
 @dataclass(frozen=True, repr=False)
-class huber_coordinates(_bounded):
+class huber_coordinates(Bounded):
     """Huber's loss of every coordinate: error_j = r_j where |r_j| <= bound, else bound * sign(r_j)."""
 
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
         return _huber((read - value).abs(), self.bound).sum(-1)
 
-    def error(self, read: Tensor, value: Tensor) -> Tensor:
-        return (read - value).clamp(-self.bound, self.bound)
+    def error_within(self, read: Tensor, value: Tensor, bound: Tensor | float) -> Tensor:
+        return (read - value).clamp(-bound, bound)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, repr=False)
-class huber_norm(_bounded):
+class huber_norm(Bounded):
     """Huber's loss of the residual's norm: error = r * min(1, bound / |r|): l2 with each token's error clipped.
 
     Unlike `clip`, which bounds the error at every linear map, this bounds it at the memory's answer.
@@ -141,19 +148,19 @@ class huber_norm(_bounded):
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
         return _huber(torch.linalg.vector_norm(read - value, dim=-1), self.bound)
 
-    def error(self, read: Tensor, value: Tensor) -> Tensor:
+    def error_within(self, read: Tensor, value: Tensor, bound: Tensor | float) -> Tensor:
         residual = read - value
         squared = residual.square().sum(-1, keepdim=True)
-        return residual * (squared / self.bound**2).clamp(min=1.0).rsqrt()
+        return residual * (squared / bound**2).clamp(min=1.0).rsqrt()
 
 
 @dataclass(frozen=True, repr=False)
-class huber_switch(_bounded):
+class huber_switch(Bounded):
     """Yaad's switch, token by token (Miras equation 26): l2 where |r| <= bound, else bound times l1.
 
     error = r, or bound * tanh(smooth r), the smoothed sign (see `lp`; smooth=inf: exact). l2 is half the square
     here as everywhere, where the paper has the whole. It jumps at the bound: from a norm of `bound` to one of up to
-    bound * sqrt(v); huber_norm() does not. The paper's bound is made of the token; here it is a number.
+    bound * sqrt(v); huber_norm() does not. In the paper every token chooses its bound.
     """
 
     smooth: float = 10.0
@@ -165,20 +172,18 @@ class huber_switch(_bounded):
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
         residual = read - value
         near = residual.square().sum(-1) <= self.bound**2
-        return torch.where(near, 0.5 * residual.square().sum(-1), self._far * residual.abs().sum(-1))
+        far = (self.bound if self.bound < math.inf else 0.0) * residual.abs().sum(-1)  # never taken, and no number
+        return torch.where(near, 0.5 * residual.square().sum(-1), far)
 
-    def error(self, read: Tensor, value: Tensor) -> Tensor:
+    def error_within(self, read: Tensor, value: Tensor, bound: Tensor | float) -> Tensor:
         residual = read - value
-        near = residual.square().sum(-1, keepdim=True) <= self.bound**2
-        return torch.where(near, residual, self._far * lp(1.0, self.smooth).error(read, value))
-
-    @property
-    def _far(self) -> float:
-        return self.bound if self.bound < math.inf else 0.0  # never taken, and no number
+        near = residual.square().sum(-1, keepdim=True) <= bound**2
+        far = bound if isinstance(bound, Tensor) or bound < math.inf else 0.0
+        return torch.where(near, residual, far * lp(1.0, self.smooth).error(read, value))
 
 
 @dataclass(frozen=True, repr=False)
-class value_shift(_bounded):
+class value_shift(Bounded):
     """The worst case over values shifted by at most `bound`: loss = max_{|d| <= bound} |r - d|^2 / 2 =
     (|r| + bound)^2 / 2, error = r + bound r / |r| (Miras, robust bias). |r| is sqrt(|r|^2 + 1e-12) in both.
     """
@@ -191,9 +196,9 @@ class value_shift(_bounded):
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
         return 0.5 * (_norm(read - value)[..., 0] + self.bound).square()
 
-    def error(self, read: Tensor, value: Tensor) -> Tensor:
+    def error_within(self, read: Tensor, value: Tensor, bound: Tensor | float) -> Tensor:
         residual = read - value
-        return residual * (1.0 + self.bound / _norm(residual))
+        return residual * (1.0 + bound / _norm(residual))
 
 
 def _check_smooth(bias: AttentionalBias, smooth: float) -> None:

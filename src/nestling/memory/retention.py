@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,14 +14,18 @@ from .part import Part
 class Retention(Part, family=True):
     """What stays of a weight at a write, given the log of the retention gate (the fraction KEPT).
 
+    remembers_start: it is given the weight at the document's start; returns: what is forgotten goes back to that.
     exposes: what is kept and written to is an accumulator, and the memory answers with another weight that is made of
-    it. settles: the weight is changed once more after each write; then no chunk can be written at once.
+    it. settles: the weight is changed once more after each write; then no chunk can be written at once. reopens: it is
+    so changed where a chunk opens only.
     """
 
     remembers_start: ClassVar[bool] = False
+    returns: ClassVar[bool] = False
     exposes: bool = False
     settles: bool = False
     elementwise: ClassVar[bool] = False  # no entry of a weight looks at another
+    reopens: bool = False
 
     @abstractmethod
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
@@ -38,7 +42,7 @@ class Retention(Part, family=True):
         return weight
 
     def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
-        """The weight after a write, from what was kept and written together."""
+        """The weight after a write (or a chunk of them), from what was kept and written together."""
         return weight
 
 
@@ -70,6 +74,7 @@ class decay_to_start(Retention):
 
     remembers_start: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    returns: ClassVar[bool] = True
 
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         assert start is not None
@@ -189,11 +194,24 @@ class elastic_net_ftrl(_decaying):
 class row_norm(_decaying):
     """W_t = a W_{t-1} - eta g, then each row made as long again as it was at the start (LaCT's weight norm).
 
-    LaCT writes chunk by chunk: every(2048, retain(row_norm(), momentum())). Each write settles: no chunked form.
+    each="write": after every write, or every tick of a clock; no chunked form. each="chunk": where a chunk opens, as
+    LaCT does, on what all its tokens wrote: with read="boundary", its recurrence without momentum.
     """
 
+    each: Literal["write", "chunk"] = "write"
     remembers_start: ClassVar[bool] = True
-    settles = True
+
+    def __post_init__(self) -> None:
+        if self.each not in ("write", "chunk"):
+            raise ValueError(f"row_norm: each must be 'write' or 'chunk', got {self.each!r}")
+
+    @property
+    def settles(self) -> bool:  # type: ignore[override]
+        return self.each == "write"
+
+    @property
+    def reopens(self) -> bool:  # type: ignore[override]
+        return self.each == "chunk"
 
     def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
         assert start is not None

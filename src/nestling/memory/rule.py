@@ -167,6 +167,7 @@ class Rule(Part, family=True):
     scales_buffer: bool = False  # a step size outside of a momentum
     exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
     elementwise: bool = False  # no entry of a weight looks at another: it may be cut and joined at will
+    reopens: bool = False  # the weight is changed where a chunk opens
 
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
@@ -199,6 +200,10 @@ class Rule(Part, family=True):
 
     def conceal(self, weight: Tensor) -> Tensor:
         """What is stepped, for a start weight: see `Retention.conceal`."""
+        return weight
+
+    def reopen(self, weight: Tensor, state: State) -> Tensor:
+        """The weight with which a chunk opens, from that which the one before it left."""
         return weight
 
 
@@ -520,6 +525,13 @@ class _keeper(Additive, abstract=True):
     def conceal(self, weight: Tensor) -> Tensor:
         return self.retention.conceal(weight)
 
+    @property
+    def reopens(self) -> bool:  # type: ignore[override]
+        return self.retention.reopens
+
+    def reopen(self, weight: Tensor, state: State) -> Tensor:
+        return self.retention.settle(weight, state.start, 0.0) if self.reopens else weight
+
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         if not isinstance(gates.log_retention, Tensor) or gates.log_retention.dim() < weight.dim() - 1:
             return self.retention.keep(weight, state.start, gates.log_retention)
@@ -529,7 +541,7 @@ class _keeper(Additive, abstract=True):
 
     def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         weight, after = super().step(weight, gradient, state, gates)
-        return self.retention.settle(weight, state.start, gates.step_size), after
+        return self.retention.settle(weight, state.start, gates.step_size) if self.retention.settles else weight, after
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
@@ -541,7 +553,8 @@ class _keeper(Additive, abstract=True):
                 f"{self.retention} changes the weight after every write and has no chunked form; use way='recurrent'"
             )
         plan = self.of.plan(gates, norms, state.of, exact)
-        return plan._replace(log_keep=_per_token(gates.log_retention, norms.input), start=state.start)
+        start = state.start if self.retention.returns else None
+        return plan._replace(log_keep=_per_token(gates.log_retention, norms.input), start=start)
 
     def close(self, state: State, end: ChunkEnd) -> State:
         return RetainState(state.start, self.of.close(state.of, end))
@@ -612,6 +625,8 @@ class every(Rule):
             raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
         if isinstance(self.of, retain_first):
             raise ValueError(f"every({self.period}, {self.of!r}): a sum of gradients is not taken at decayed weights")
+        if self.of.reopens:
+            raise ValueError(f"every({self.period}, {self.of!r}): a clock's steps have no chunks; use each='write'")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]

@@ -264,8 +264,8 @@ class together(Structure):
     of: Structure
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, (matrix, mlp)):
-            raise ValueError(f"together({self.of!r}): needs matrix() or mlp()")
+        if isinstance(self.of, together):
+            raise ValueError(f"together({self.of!r}): needs one memory's structure, such as matrix() or mlp()")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return self.of.shapes(key_dim, value_dim)

@@ -57,6 +57,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
+        if rule.reopens:
+            raise ValueError(f"{rule} changes weights where a chunk opens, and an optimizer has no chunks")
         if isinstance(rule, retain_first):
             raise ValueError(f"{rule} takes its gradient at decayed weights, torch took it before; use retain(...)")
         self.rule = rule

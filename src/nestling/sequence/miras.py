@@ -23,7 +23,8 @@ def moneta(p: float = 3.0, q: float = 4.0, chunk: int = 16) -> sequence_memory:
 def yaad(bound: float = 1.0, chunk: int = 16) -> sequence_memory:
     """Yaad: l_2 up to a bound of the residual and l_1 beyond it, retention by decay (equation 26).
 
-    The bound is a number where the paper makes it of the token. Oracle: memory.naive_miras.naive_yaad.
+    The bound is a number, where the paper makes it of the token (`scan.Writes.bound` takes such a one).
+    Oracle: memory.naive_miras.naive_yaad.
     """
     return sequence_memory(_MEMORY, huber_switch(bound), retain(decay(), gradient_descent()), chunk)
 

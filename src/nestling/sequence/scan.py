@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from nestling.memory.attentional_bias import AttentionalBias, l2
+from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import (
     ChunkEnd,
@@ -88,6 +88,8 @@ class Memory:
                 f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
                 "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
             )
+        if self.rule.reopens and self.exact:
+            raise ValueError(f"{self.rule} changes weights where a chunk opens; gradient_at='token' has no chunks")
         if self.exact and self.way == "chunked":
             if not self.structure.linear:
                 raise ValueError(
@@ -141,8 +143,11 @@ class Memory:
         if self.way == "stepped":
             maps = zip(state.running, state.rule, strict=True)
             running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk) for pair in maps), strict=True)
+            standing = tuple(rule.of for rule in rules)
         else:
             running, rules = state.running, tuple(self.rule.anchor(s) for s in state.rule)
+            standing = state.rule
+        running = tuple(self.rule.reopen(weight, s) for weight, s in zip(running, standing, strict=True))
         opened = state._replace(anchor=running, running=running, rule=rules)
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 
@@ -213,7 +218,8 @@ class Memory:
     def _by_channel(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
         alone = pairs._replace(gates=pairs.gates._replace(log_retention=0.0))
         plan, norms = self._plan(alone, pairs.keys, None, state.rule[0])
-        fixed = self.attentional_bias.error(torch.zeros_like(pairs.values), pairs.values)
+        target = self.attentional_bias.target(pairs.keys, pairs.values)
+        fixed = self.attentional_bias.error(torch.zeros_like(target), target)
         log_retention, slope, counted = pairs.gates.log_retention, self.attentional_bias.slope, pairs.counted()
         assert isinstance(log_retention, Tensor)
         assert slope is not None
@@ -277,8 +283,16 @@ class Memory:
         if pairs.own_targets:
             values = self.structure.forward(plain(weights), values)[0]
         answers, inputs, outputs = self.structure.forward(plain(weights), pairs.keys)
-        keys = pairs.keys.unsqueeze(2) if isinstance(self.structure, together) else pairs.keys
-        error = self.attentional_bias.error(answers, self.attentional_bias.target(keys, values))
+        keys, bound, bias = pairs.keys, pairs.bound, self.attentional_bias
+        if isinstance(self.structure, together):
+            keys, bound = keys.unsqueeze(2), None if bound is None else bound.unsqueeze(2)
+        values = bias.target(keys, values)
+        if bound is None:
+            error = bias.error(answers, values)
+        elif isinstance(bias, Bounded):
+            error = bias.error_within(answers, values, bound[..., None])
+        else:
+            raise ValueError(f"a bound for every token is for huber_switch() and its kin, not for {bias}")
         return inputs, self.structure.backward(weights, outputs, error)
 
     def _gates(self, pairs: "Writes") -> tuple[Gates, Tensor | None]:
@@ -370,7 +384,7 @@ class Writes(NamedTuple):
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
     [b, c]: slots that hold a token (None: all). own_targets: what is learned is not the value but the memory's own
     answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it
-    is known.
+    is known. bound [b, h, c]: each token's own, of a bias that has one.
     """
 
     keys: Tensor
@@ -379,11 +393,14 @@ class Writes(NamedTuple):
     valid: Tensor | None = None
     own_targets: bool = False
     carry: chunks.Transfer | None = None
+    bound: Tensor | None = None
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""
         at = slice(t, t + 1)
-        return self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
+        bound = None if self.bound is None else self.bound[..., at]
+        pair = self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
+        return pair._replace(bound=bound)
 
     def counted(self) -> Tensor | None:
         """1 where there is a token and 0 where there is none [b, 1, c]."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.memory.compound import biased, features
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Structure, Weights, matrix, mlp, side_by_side, together
+from nestling.memory.structure import Structure, Weights, gated_mlp, matrix, mlp, side_by_side, together
 
 from .convolution import ShortConvolution
 from .elementwise import Heads, unit
@@ -220,8 +221,10 @@ class SelfModifying(MixerModule):
 
 def _bare(structure: Structure) -> Structure:
     """The structure without its residual, which can end in a gate."""
-    if isinstance(structure, mlp):
+    if isinstance(structure, mlp | gated_mlp):
         return replace(structure, residual=False)
+    if isinstance(structure, biased | features):
+        return replace(structure, of=_bare(structure.of))
     if isinstance(structure, matrix):
         return structure
     raise ValueError(f"self_modifying: matrix() and mlp() memories can be made to end in a gate, not {structure}")

@@ -38,6 +38,13 @@ def _correction(beta: float, count: Tensor, like: Tensor) -> Tensor | float:
     return (1.0 - torch.pow(beta, count.double())).reciprocal().to(like.dtype)[..., None, None]
 
 
+def _plus(one: Tensor, gate: Tensor | float, other: Tensor) -> Tensor:
+    """one + gate * other, in one pass where the gate is a number."""
+    if isinstance(gate, Tensor):
+        return one + _wide(gate) * other
+    return torch.add(one, other, alpha=gate)
+
+
 class Transform(_wrapper, abstract=True):
     """A direction on a changed gradient: everything inside, moments included, sees the changed one."""
 
@@ -88,8 +95,8 @@ class nesterov(momentum):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _wide(gates.momentum) * state.buffer + added
-        return added + _wide(gates.momentum) * buffer, state._replace(buffer=buffer, of=inner)
+        buffer = _plus(added, gates.momentum, state.buffer)
+        return _plus(added, gates.momentum, buffer), state._replace(buffer=buffer, of=inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         raise ValueError(f"{self} reads its buffer and its last write; it has no chunked form: use way='recurrent'")

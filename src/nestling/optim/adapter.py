@@ -228,18 +228,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _step_pieces(self, rule: Rule, parameter: Tensor, gates: Gates, group: dict[str, Any], size: int) -> None:
         """One large parameter, as a row that is cut in pieces, in place."""
         row = parameter.reshape(1, -1)
-        state = self._start(rule, row, parameter)
-        total = self._gradient(parameter, row, group).total
-        after, whole = state, _leaves(state)
-        for first in range(0, row.shape[-1], size):
-            at = slice(first, first + size)
-            piece = map_tensors(lambda t, at=at: t[:, at] if t.dim() == 2 else t, state)  # type: ignore[misc]
-            gradient = Summed(total[:, at], None, group["tokens"])
-            stepped, after = rule.step(row[:, at], gradient, rule.anchor(piece), gates)
-            row[:, at] = stepped
-            for old, new in zip(whole, _leaves(after), strict=True):
+        state = rule.anchor(self._start(rule, row, parameter))
+        totals = self._gradient(parameter, row, group).total.split(size, 1)
+        cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
+        after = state
+        for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
+            rest = iter(before)
+            piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
+            stepped, after = rule.step(weight, Summed(total, None, group["tokens"]), piece, gates)
+            weight.copy_(stepped)
+            for old, new in zip(before, _leaves(after), strict=True):
                 if new.dim() == 2:
-                    old[:, at] = new
+                    old.copy_(new)
         if row.data_ptr() != parameter.data_ptr():
             parameter.copy_(row.view_as(parameter))
         self._keep(parameter, row, _joined(state, after, 2))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nestling.sequence  # noqa: F401  (its expressions are parts too)
+from nestling.memory import adam, add, newton_schulz, remember
 from nestling.memory.attentional_bias import (
     dot,
     huber_coordinates,
@@ -145,6 +146,10 @@ def test_parts_are_equal_where_they_print_alike(one, other):
         (retain(kl(), momentum()), "retain(kl(), momentum())"),
         (sequence_memory(rule=momentum()), "sequence_memory(mlp(), l2(), momentum())"),
         (attention(window=8), "attention(window=8)"),
+        (adam(beta1=0.8), "adam(beta1=0.8)"),
+        (add(adam(), newton_schulz(steps=3), 0.5), "add(adam(), newton_schulz(steps=3), share=0.5)"),
+        (newton_schulz(coefficients=(1.5, -0.5, 0.0)), "newton_schulz(coefficients=(1.5, -0.5, 0.0))"),
+        (remember(every(3, momentum()), retention=0.5), "remember(every(3, momentum()), retention=0.5)"),
     ],
 )
 def test_what_is_printed(part, text):

@@ -7,6 +7,7 @@ the bar are of the gradient itself. No step size is in them: `scale(adam())`.
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,19 @@ def _counter(weight: Tensor) -> Tensor:
     return torch.zeros(weight.shape[:-2], dtype=torch.int64, device=weight.device)
 
 
-def _filled(beta: float, count: Tensor, like: Tensor) -> Tensor:
-    """1 - beta^t, the share of a decaying average that is filled after t steps [..., 1, 1]; in float64, since
-    1 - 0.999 has three digits left in float32."""
-    return (1.0 - torch.pow(beta, count.double())).to(like.dtype)[..., None, None]
+def _correction(beta: float, count: Tensor, like: Tensor) -> Tensor | float:
+    """1 / (1 - beta^t) [..., 1, 1]: the inverse of how far a decaying average is filled after t steps; in float64,
+    since 1 - 0.999 has three digits left in float32. One count on a CPU is a number, for speed."""
+    if count.dim() == 0 and count.device.type == "cpu":
+        return 1.0 / (1.0 - beta ** int(count))
+    return (1.0 - torch.pow(beta, count.double())).reciprocal().to(like.dtype)[..., None, None]
+
+
+def _plus(one: Tensor, gate: Tensor | float, other: Tensor) -> Tensor:
+    """one + gate * other, in one pass where the gate is a number."""
+    if isinstance(gate, Tensor):
+        return one + _wide(gate) * other
+    return torch.add(one, other, alpha=gate)
 
 
 class Transform(_wrapper, abstract=True):
@@ -85,8 +95,8 @@ class nesterov(momentum):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _wide(gates.momentum) * state.buffer + added
-        return added + _wide(gates.momentum) * buffer, state._replace(buffer=buffer, of=inner)
+        buffer = _plus(added, gates.momentum, state.buffer)
+        return _plus(added, gates.momentum, buffer), state._replace(buffer=buffer, of=inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         raise ValueError(f"{self} reads its buffer and its last write; it has no chunked form: use way='recurrent'")
@@ -172,7 +182,7 @@ class average(_wrapper):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
         count, mean = state.steps + 1, torch.lerp(state.mean, added, 1.0 - self.beta)
-        return mean / _filled(self.beta, count, mean), AverageState(count, mean, inner)
+        return mean * _correction(self.beta, count, mean), AverageState(count, mean, inner)
 
 
 class AdagradState(NamedTuple):
@@ -180,12 +190,14 @@ class AdagradState(NamedTuple):
     of: State
 
 
-def _root(square: Tensor) -> Tensor:
-    """The square root, with gradient zero (not infinite) where nothing has been seen."""
-    if not square.requires_grad:
-        return square.sqrt()
+def _root(square: Tensor, correction: Tensor | float | None, eps: float) -> Tensor:
+    """sqrt(square * correction) + eps, with gradient zero (not infinite) where nothing has been seen."""
+    if not torch.is_grad_enabled():  # the root is ours to write over
+        root = square.sqrt()
+        return (root if correction is None else root.mul_(correction**0.5)).add_(eps)
     seen = square > 0
-    return torch.where(seen, torch.where(seen, square, 1.0).sqrt(), 0.0)
+    root = torch.where(seen, torch.where(seen, square, 1.0).sqrt(), 0.0)
+    return (root if correction is None else root * correction**0.5) + eps
 
 
 @dataclass(frozen=True, repr=False)
@@ -216,7 +228,7 @@ class adagrad(_wrapper):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         g = gradient.dense()
         square = torch.addcmul(state.square, g, g, value=self.share)
-        return added / (_root(square) + self.eps), AdagradState(square, inner)
+        return added / _root(square, None, self.eps), AdagradState(square, inner)
 
 
 class RmsState(NamedTuple):
@@ -265,10 +277,8 @@ class rmsprop(_wrapper):
             seen = torch.addcmul(seen, mean, mean, value=-1)
         if largest is not None:
             seen = largest = torch.maximum(largest, seen)
-        root = _root(seen)
-        if self.corrected:
-            root = root / _filled(self.beta, count, root).sqrt()
-        return added / (root + self.eps), RmsState(count, square, mean, largest, inner)
+        correction = _correction(self.beta, count, seen) if self.corrected else None
+        return added / _root(seen, correction, self.eps), RmsState(count, square, mean, largest, inner)
 
 
 @dataclass(frozen=True, repr=False)
@@ -287,16 +297,17 @@ class adam(_wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.moments()
+        assert self.moments is not None  # its bounds are checked
 
+    @cached_property
     def moments(self) -> rmsprop:
         return rmsprop(average(self.of, self.beta1), self.beta2, self.eps, corrected=True, amsgrad=self.amsgrad)
 
     def init(self, weight: Tensor) -> State:
-        return self.moments().init(weight)
+        return self.moments.init(weight)
 
     def anchor(self, state: State) -> State:
-        return self.moments().anchor(state)
+        return self.moments.anchor(state)
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        return self.moments().update(weight, gradient, state, gates)
+        return self.moments.update(weight, gradient, state, gates)

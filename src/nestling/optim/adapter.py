@@ -233,26 +233,22 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _step_pieces(self, rule: Rule, parameter: Tensor, gates: Gates, group: dict[str, Any], size: int) -> None:
         """One large parameter, as a row that is cut in pieces, in place."""
-        row = parameter.view(1, -1) if parameter.is_contiguous() else parameter.reshape(1, -1)
-        state = self._start(rule, row, parameter)
-        total = self._gradient(parameter, row, group).total
+        row = parameter.reshape(1, -1)
+        state = rule.anchor(self._start(rule, row, parameter))
+        totals = self._gradient(parameter, row, group).total.split(size, 1)
+        cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
         after = state
-        for first in range(0, row.shape[-1], size):
-            at = slice(first, first + size)
-
-            def cut(tensor: Tensor, at: slice = at) -> Tensor:
-                return tensor[:, at] if tensor.dim() == row.dim() else tensor
-
-            piece = rule.anchor(map_tensors(cut, state))
-            gradient = Summed(total[:, at], None, group["tokens"])
-            stepped, after = rule.step(row[:, at], gradient, piece, gates)
-            row[:, at] = stepped
-            for whole, new in zip(flatten(state).values(), flatten(after).values(), strict=True):
-                if new.dim() == row.dim():
-                    whole[:, at] = new
+        for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
+            rest = iter(before)
+            piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
+            stepped, after = rule.step(weight, Summed(total, None, group["tokens"]), piece, gates)
+            weight.copy_(stepped)
+            for old, new in zip(before, _leaves(after), strict=True):
+                if new.dim() == 2:
+                    old.copy_(new)
         if row.data_ptr() != parameter.data_ptr():
             parameter.copy_(row.view_as(parameter))
-        self._keep(parameter, row, _joined(state, after, row.dim()))
+        self._keep(parameter, row, _joined(state, after, 2))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype."""
@@ -263,6 +259,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if not value.is_floating_point():
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    """Every tensor of a nested state, in order."""
+    if isinstance(state, tuple):
+        return [tensor for part in state for tensor in _leaves(part)]
+    return [state] if isinstance(state, Tensor) else []
 
 
 def _stack(states: list[Any]) -> Any:

@@ -50,7 +50,7 @@ _MEMORIES: dict[type[Part], tuple[str, str, str, str]] = {
 def memories(rule: Part, period: float = 1.0, keys: str = "layer inputs") -> list[Told]:
     """The memories of gradients in a rule, from the outside in."""
     if isinstance(rule, adam):
-        return memories(rule.moments(), period, keys)
+        return memories(rule.moments, period, keys)
     found = []
     if isinstance(rule, every):
         period *= rule.period

@@ -1,0 +1,121 @@
+"""Whole optimizer steps on the parameters of a Transformer of 12 layers and width 512, beside torch.optim's.
+
+    python benchmarks/optimizers.py [--rounds 5] [--layers 12]
+
+AdamW beside torch's loop, foreach and fused forms; Muon, and M3 at period 100, beside torch's Muon (matrices only).
+Rounds are interleaved; medians, and medians of the rounds' ratios, are reported, with the bounds that were set. Memory
+is the peak of a few steps above parameters and gradients, each optimizer in a process of its own. Results go to
+benchmarks/results/optimizers.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from sequence import interleaved, most_kb
+from torch import nn
+
+from nestling.optim import M3, AdamW, Muon
+from nestling.tasks.record import write_result
+
+DIM, LAYERS = 512, 12
+
+
+def parameters(layers: int) -> list[nn.Parameter]:
+    """The block's four projections, two maps of its MLP and two norms, with gradients."""
+    shapes = [(DIM, DIM)] * 4 + [(4 * DIM, DIM), (DIM, 4 * DIM), (DIM,), (DIM,)]
+    made = [nn.Parameter(torch.randn(shape) * DIM**-0.5) for _ in range(layers) for shape in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter)
+    return made
+
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+ALL: dict[str, Make] = {
+    "torch AdamW, loop": partial(torch.optim.AdamW, foreach=False),
+    "torch AdamW, foreach": partial(torch.optim.AdamW, foreach=True),
+    "torch AdamW, fused": partial(torch.optim.AdamW, fused=True),
+    "AdamW": AdamW,
+}
+MATRICES: dict[str, Make] = {
+    "torch Muon": torch.optim.Muon,
+    "Muon": Muon,
+    "M3, period 100": partial(M3, periods=100),
+    "M3 as printed, period 100": partial(M3, periods=100, mode="paper"),
+}
+BOUNDS = {
+    "AdamW": ("torch AdamW, loop", 1.5),
+    "Muon": ("torch Muon", 1.0),
+    "M3, period 100": ("torch Muon", 1.5),
+    "M3 as printed, period 100": ("torch Muon", 1.5),
+}
+
+
+def build(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name in MATRICES:
+        return MATRICES[name]([p for p in params if p.dim() == 2])
+    return ALL[name](params)
+
+
+def alone(name: str, layers: int) -> None:
+    optimizer = build(name, parameters(layers))
+    idle = most_kb()
+    for _ in range(3):
+        optimizer.step()
+    print((most_kb() - idle) / 1024)
+
+
+def peak_mb(name: str, layers: int) -> float:
+    asked = [sys.executable, __file__, "--alone", name, "--layers", str(layers)]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.alone:
+        return alone(asked.alone, asked.layers)
+    torch.manual_seed(0)
+    params, rows = parameters(asked.layers), []
+    for family in (ALL, MATRICES):
+        optimizers = {name: build(name, params) for name in family}
+        times = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, asked.rounds)
+        for name, own in times.items():
+            row = {"optimizer": name, "ms": round(1e3 * statistics.median(own), 1)}
+            if name in BOUNDS:
+                beside, bound = BOUNDS[name]
+                ratio = statistics.median(a / b for a, b in zip(own, times[beside], strict=True))
+                row |= {"beside": beside, "ratio": round(ratio, 3), "bound": bound, "within": ratio <= bound}
+            rows.append(row | {"peak_mb": round(peak_mb(name, asked.layers), 1)})
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "what": "benchmarks/optimizers.py",
+        "shape": {
+            "dim": DIM,
+            "layers": asked.layers,
+            "numbers": sum(p.numel() for p in params),
+            "threads": 1,
+            "dtype": "float32",
+        },
+        "rounds": asked.rounds,
+        "rows": rows,
+    }
+    return write_result(asked.out, "optimizers", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -257,6 +257,19 @@ def test_a_state_is_a_dict_of_named_tensors_and_back(expression):
         unflatten(state, flat | {first: flat[first][:1]})
 
 
+@pytest.mark.parametrize("expression", MIXERS, ids=str)
+def test_under_autocast_a_memory_stays_in_float32(expression):
+    layer = make(expression).float()
+    x = normal(2, 11, DIM).float()
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert (y.float() - exact).abs().max() < 0.2 * exact.abs().max()
+    for name, tensor in flatten(state).items():
+        inner = "memor" in name and not name.endswith("tail")
+        assert not inner or tensor.dtype in (torch.float32, torch.int64, torch.bool), name
+
+
 def test_empty_calls_change_nothing():
     for expression in MIXERS:
         layer = make(expression)

@@ -1,5 +1,6 @@
 """TNT: shards by memory.naive, one after the other; the whole as the sum of its parts."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,21 @@ import torch
 from torch import Tensor
 
 from nestling.memory import Gates, clip, decay, matrix, mlp, momentum, normalize, parse, retain
-from nestling.sequence import Mixer, attention, beside, sequence_memory, shards, tnt
+from nestling.models import ModelConfig
+from nestling.models.data import from_data, to_data, to_json
+from nestling.sequence import (
+    Mixer,
+    attention,
+    beside,
+    caching,
+    mac,
+    mag,
+    mal,
+    self_modifying,
+    sequence_memory,
+    shards,
+    tnt,
+)
 from nestling.sequence.scan import Writes
 from oracles import DEEP, EXACT, NaiveLayer, assert_same, gradients, moved, normal
 
@@ -144,6 +159,16 @@ def test_checkpointing_changes_nothing() -> None:
 )
 def test_expressions_read_back(expression: Mixer) -> None:
     assert parse(repr(expression), Mixer) == expression
+
+
+BLOCKS = [tnt(), mag(attention()), mal(deep), mac(self_modifying()), caching(exact), beside((attention(), mag()))]
+
+
+@pytest.mark.parametrize("mixer", BLOCKS, ids=lambda mixer: type(mixer).__name__)
+def test_a_model_is_saved_and_read_back(mixer: Mixer) -> None:
+    config = ModelConfig(mixer=mixer)
+    assert from_data(ModelConfig, json.loads(to_json(config))) == config
+    assert from_data(ModelConfig, to_data(config) | {"mixer": repr(mixer)}) == config
 
 
 @pytest.mark.parametrize(

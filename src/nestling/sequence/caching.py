@@ -123,7 +123,7 @@ class Caching(MixerModule):
         layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
-        tokens = layout.cut(layout.spread(x), 1)
+        tokens = layout.cut(layout.spread(x).to(state.total.dtype), 1)
 
         def step(index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
             return self._step(tokens[index], piece, pairs, queries, states)

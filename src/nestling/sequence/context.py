@@ -121,7 +121,7 @@ class MemoryAsContext(MixerModule):
             return torch.zeros_like(x), state
         tokens = layout.spread(x)
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), state.tail, layout)
-        asked = Heads.apply(self.query(tokens), self.heads, self.heads)
+        asked = Heads.apply(self.query(tokens).to(self.norm.dtype), self.heads, self.heads)
         always = None if self.persistent is None else prefix(self.persistent, self.qkv.weight, self.heads)
         running = _Running(state.memory, state.opened, state.keys, state.values)
         fresh = _Running(start.memory, start.opened, start.keys, start.values)
@@ -157,7 +157,8 @@ class MemoryAsContext(MixerModule):
     ) -> tuple[Tensor, _Running]:
         """A piece of one segment, from its token `first` on: convolved q, k, v [b, c, 3 d] and the memory's queries
         [b, h, c, k] -> what was attended to [b, c, d], with the caches filled."""
-        found = self.structure.forward(plain(running.opened), asked)[0]
+        with torch.autocast(asked.device.type, enabled=False):
+            found = self.structure.forward(plain(running.opened), asked)[0]
         h = merge_heads(F.rms_norm(found, found.shape[-1:], eps=1e-6)) * self.norm
         q, *of_tokens = (split_heads(part, self.heads) for part in streams.chunk(3, -1))
         of_reads = (

@@ -57,9 +57,12 @@ class MemoryGate(nn.Module):
         self.of_memory = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        width = (y.shape[-1],)
-        gate = F.silu(F.rms_norm(m, width, self.of_memory, eps=1e-6))
-        return F.rms_norm(y, width, self.of_attention, eps=1e-6) * gate
+        return rms_norm(y, self.of_attention) * F.silu(rms_norm(m, self.of_memory))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x over the root of its mean square, times the weight, in the weight's precision."""
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps=1e-6)
 
 
 class TitansState(NamedTuple):
@@ -128,6 +131,5 @@ class MemoryAsLayer(_MemoryAndAttention):
     ) -> tuple[Tensor, TitansState]:
         state = self.init_state(x.shape[0]) if state is None else state
         m, memory = self.memory(x, state.memory, reset=reset, valid=valid)
-        normed = F.rms_norm(m, (m.shape[-1],), self.norm, eps=1e-6)
-        y, attended = self.attention(normed, state.attention, reset=reset, valid=valid)
+        y, attended = self.attention(rms_norm(m, self.norm), state.attention, reset=reset, valid=valid)
         return y, TitansState(memory, attended)

@@ -1,10 +1,10 @@
 """Scores between tokens of a chunk under retention: sum_d row_td key_jd exp(g_td - g_jd), without a division.
 
 g is the sum of log gates from the chunk's start up to a token, its own included, in float64. A row looks at time g_t
-(after its own token's gate) or g_{t-1} (before it); only keys that it can have met count, so that every exponent that
-is used is at most 0. One gate a head makes one c x c matrix of factors; a gate for every key channel has none, and is
-taken by blocks. Gradients by hand; of the gates by the identity that dL/dg = row * dL/drow - key * dL/dkey, whatever
-lies between. Oracle: `linear_chunk.plain`, `memory.naive_linear`.
+(after its own token's gate) or g_{t-1} (before it); only keys that it can have met count, so that the exponent is at
+most 0. One gate a head makes one c x c matrix of factors; a gate for every key channel has none: there rows and keys
+are scaled apart, by factors that cannot overflow, or block by block. Gradients by hand; of the gates by the identity
+that dL/dg = row * dL/drow - key * dL/dkey, whatever lies between. Oracle: `linear_chunk.plain`, `memory.naive_linear`.
 """
 
 import math

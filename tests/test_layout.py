@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from nestling.memory.attentional_bias import l2
 from nestling.memory.retention import decay, decay_to_start
-from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, scale, surprise
+from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, retain_first, scale, surprise
 from nestling.memory.state import clone, detach, flatten, unflatten
 from nestling.memory.structure import matrix, mlp
 from nestling.sequence import (
     MixerModule,
     attention,
     caching,
+    kda_gates,
     lay_out,
     mac,
     mag,
@@ -34,6 +35,7 @@ delta = retain(decay_to_start(), delta_gradient_descent(momentum()))
 MIXERS = [
     sequence_memory(chunk=4),
     sequence_memory(matrix(), l2(), delta, 4, "token"),
+    sequence_memory(matrix(), l2(), retain_first(), 4, "token", gating=kda_gates(rank=2)),
     sequence_memory(mlp(), l2(), retain(decay(), delta_gradient_descent(outside)), 4, read="before"),
     sequence_memory(mlp(), l2(), every(3, delta), 4, way="recurrent"),
     self_modifying(chunk=4, projection_chunk=4),

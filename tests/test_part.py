@@ -42,6 +42,7 @@ from nestling.memory.rule import (
     momentum,
     normalize,
     retain,
+    retain_first,
     scale,
     surprise,
 )
@@ -58,7 +59,8 @@ directions = st.recursive(
     max_leaves=4,
 )
 additive = directions | st.builds(delta_gradient_descent, directions) | st.just(delta_gradient_descent())
-keepers = additive | st.builds(retain, st.sampled_from([decay(), decay_to_start()]), additive) | st.just(retain())
+gates = st.sampled_from([decay(), decay_to_start()])
+keepers = additive | st.builds(retain, gates, additive) | st.builds(retain_first, gates, additive) | st.just(retain())
 sizes = st.floats(1e-3, 1e3)
 retentions = (
     st.sampled_from([row_norm(), sigmoid(), lq(), kl(), elastic_net(), elastic_net_ftrl()])
@@ -68,13 +70,8 @@ retentions = (
     | st.builds(elastic_net_ftrl, sizes)
 )
 periods = st.integers(1, 10**6) | st.just(math.inf)
-rules = (
-    keepers
-    | st.builds(retain, retentions, additive)
-    | st.builds(every, periods, keepers)
-    | st.builds(every, periods, st.builds(retain, retentions, additive))
-    | st.builds(every, periods)
-)
+clocked = additive | st.builds(retain, gates | retentions, additive)
+rules = keepers | clocked | st.builds(every, periods, clocked) | st.builds(every, periods)
 mlps = st.builds(
     mlp,
     depth=st.integers(2, 5),

@@ -1,10 +1,10 @@
 """Scores between tokens of a chunk under retention: sum_d row_td key_jd exp(g_td - g_jd), without a division.
 
 g is the sum of log gates from the chunk's start up to a token, its own included, in float64. A row looks at time g_t
-(after its own token's gate) or g_{t-1} (before it); only keys that it can have met count, so that every exponent that
-is used is at most 0. One gate a head makes one c x c matrix of factors; a gate for every key channel has none, and is
-taken by blocks. Gradients by hand; of the gates by the identity that dL/dg = row * dL/drow - key * dL/dkey, whatever
-lies between. Oracle: `linear_chunk.plain`, `memory.naive_linear`.
+(after its own token's gate) or g_{t-1} (before it); only keys that it can have met count, so that the exponent is at
+most 0. One gate a head makes one c x c matrix of factors; a gate for every key channel has none: there rows and keys
+are scaled apart, by factors that cannot overflow, or block by block. Gradients by hand; of the gates by the identity
+that dL/dg = row * dL/drow - key * dL/dkey, whatever lies between. Oracle: `linear_chunk.plain`, `memory.naive_linear`.
 """
 
 import math
@@ -95,11 +95,22 @@ class _Gated(Decay):
         self.times = times
         self.log_gates = log_gates if log_gates.dim() == 4 else log_gates[..., None]
         self.g = self.log_gates.clamp(min=LOG_ZERO).cumsum(-2, dtype=torch.float64)  # [m, n, c, 1 or d]
-        earlier = F.pad(self.g[..., :-1, :], (0, 0, 1, 0))
-        self.at_rows = torch.cat([earlier if before else self.g for before in times], -2)
-        self._since = self._exp(self.at_rows)
+        since = self._exp(self.g)
+        self._since = self._at_rows(since, torch.ones_like(since[..., :1, :]))
         self._to_end = self._exp(self.g[..., -1:, :] - self.g)
         self._whole = self._exp(self.g[..., -1:, :])
+
+    def _at_rows(self, after: Tensor, first: Tensor) -> Tensor:
+        """What stands after every token's gate [m, n, c, .], for every kind of rows [m, n, r c, .]; before the first
+        token's gate stands `first` [m, n, 1, .]."""
+        c = after.shape[-2]
+        out = after.new_empty(*after.shape[:2], len(self.times) * c, after.shape[-1])
+        for kind, before in zip(out.split(c, -2), self.times, strict=True):
+            if before:
+                kind[..., :1, :], kind[..., 1:, :] = first, after[..., :-1, :]
+            else:
+                kind.copy_(after)
+        return out
 
     def _exp(self, exponent: Tensor) -> Tensor:
         return factors(exponent.to(self.log_gates.dtype, copy=True))
@@ -149,12 +160,7 @@ class PerHead(_Gated):
         between = (self.g - self.g.mT).to(log_gates.dtype)
         ahead = torch.ones(c, c, dtype=torch.bool, device=log_gates.device).triu(1)
         after = factors(between.masked_fill_(ahead, -torch.inf))
-        self.factors = after.new_empty(*after.shape[:2], len(times) * c, c)
-        for kind, before in zip(self.factors.unflatten(-2, (-1, c)).unbind(-3), times, strict=True):
-            if before:  # one token earlier
-                kind[..., 0, :], kind[..., 1:, :] = 0.0, after[..., :-1, :]
-            else:
-                kind.copy_(after)
+        self.factors = self._at_rows(after, torch.zeros_like(after[..., :1, :]))
 
     def _over(self, scores: Tensor) -> Tensor:
         """`scores` times the factors, in place."""
@@ -177,10 +183,12 @@ class PerChannel(_Gated):
 
     def __init__(self, times: tuple[bool, ...], log_gates: Tensor) -> None:
         super().__init__(times, log_gates)
-        self.near = bool(self.g.abs().max() < RANGE)
+        low, high = torch.aminmax(self.g)
+        self.near = bool(torch.maximum(-low, high) < RANGE)
         if self.near:
             middle = self.g[..., -1:, :] / 2
-            self._rows, self._keys = self._factor(self.at_rows - middle), self._factor(middle - self.g)
+            self._rows = self._at_rows(self._factor(self.g - middle), self._factor(-middle))
+            self._keys = self._factor(middle - self.g)
 
     def _factor(self, exponent: Tensor) -> Tensor:
         return exponent.to(self.log_gates.dtype).exp()
@@ -237,7 +245,8 @@ class PerChannel(_Gated):
     def _edges(self, at: slice) -> tuple[Tensor, Tensor]:
         """Factors of a block's rows since it started [m, n, r, ., d], and of all keys before it up to there."""
         edge = self.g[..., at.start - 1 : at.start, :]
-        rows = self.at_rows.unflatten(-2, (-1, self.g.shape[-2]))[..., at, :]
+        early = slice(at.start - 1, at.stop - 1)
+        rows = torch.stack([self.g[..., early if before else at, :] for before in self.times], 2)
         return self._exp(rows - edge[..., None, :, :]), self._exp(edge - self.g[..., : at.start, :])[..., None, :, :]
 
     def _between(self, rows: Tensor, keys: Tensor, at: slice) -> tuple[Tensor, Tensor]:

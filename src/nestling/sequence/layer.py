@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
-from nestling.memory.structure import Weights
+from nestling.memory.structure import Weights, matrix
 
 from .convolution import ShortConvolution
-from .elementwise import Heads
+from .gating import Gating, sigmoid_gates
 from .layout import Layout, Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, step_bound
+from .preparation import Preparation, silu_unit
 from .scan import Memory, MemoryState, States, Writes, scan
 
 
@@ -33,17 +33,34 @@ class sequence_memory(Memory, Mixer):
 
     rule: Rule = retain(decay_to_start(), momentum(dampen(normalize(clip()))))
     convolution: int = 4
+    gating: Gating = sigmoid_gates()
+    preparation: Preparation = silu_unit()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gating.by_channel and not (self.exact and isinstance(self.structure, matrix)):
+            raise ValueError(
+                f"{self.gating} is for matrix() memories with gradient_at='token', not for {self.structure} with "
+                f"gradient_at={self.gradient_at!r}"
+            )
+        if not self.gating.momentum and _has_momentum(self.rule):
+            raise ValueError(f"{self.gating} has no gate for the momentum in {self.rule}; use sigmoid_gates()")
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SequenceMemory":
         return SequenceMemory(dim, heads, self, generator)
 
 
+def _has_momentum(rule: Rule) -> bool:
+    inner = getattr(rule, "of", None)
+    return isinstance(rule, momentum | dampen) or (isinstance(inner, Rule) and _has_momentum(inner))
+
+
 class SequenceMemory(MixerModule):
     """One memory a head, written and read token by token, with learned projections around it.
 
-    k, v, q = heads of SiLU(convolution(W x)), k and q L2-normalised; step size = bound * sigmoid, momentum =
-    sigmoid, log retention = log sigmoid of projections, one each a head and token; y = what the memory reads
-    for q, through norm, gate and output projection. The initial weights are parameters: the outer loss learns
+    k, v, q = heads of convolution(W x), as `preparation` makes them (SiLU, k and q L2-normalised); step size, momentum
+    and log retention for each head and token as `gating` chooses them (sigmoids of projections); y = what the memory
+    reads for q, through norm, gate and output projection. The initial weights are parameters: the outer loss learns
     them through every write. x [b, t, d] -> [b, t, d]. Sources: Titans 3 and 4.4; Miras. Oracle: memory.naive.
     Raises ValueError when heads do not divide dim, or parts do not fit together.
     """
@@ -61,9 +78,7 @@ class SequenceMemory(MixerModule):
         head_dim = dim // heads
         self.qkv = linear(3 * dim, dim, generator)
         self.convolution = ShortConvolution(3 * dim, memory.convolution, generator)
-        self.gates = linear(3 * heads, dim, generator, bias=True, gain=0.3)
-        with torch.no_grad():
-            self.gates.bias[2 * heads :].fill_(5.0)  # retention starts at 0.993 a token
+        self.gates = memory.gating.build(dim, heads, head_dim, generator)
         self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
         self.widths = (head_dim, head_dim)
@@ -103,8 +118,9 @@ class SequenceMemory(MixerModule):
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), tail, layout)
         raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
-            streams = Heads.apply(mixed.to(self.start[0].dtype), 3 * self.heads, 2 * self.heads)
-            cut = (layout.cut(gate, -1) for gate in self.make_gates(raw.to(self.start[0].dtype)))
+            streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads)
+            chosen = self.gates.choose(raw.to(self.start[0].dtype), self.step_bound)
+            cut = (layout.cut(gate, 2) for gate in chosen)  # type: ignore[arg-type]
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
             whole = layout.valid is None and not self.memory.checkpoint
@@ -122,11 +138,6 @@ class SequenceMemory(MixerModule):
         """One piece: open the chunk where one opens, write, and read."""
         y, after = self.memory.run(self.memory.open(states[0], piece.opens[0]), pairs, queries)
         return y, (after, *states[1:])
-
-    def make_gates(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw gates [b, t, 3 h] -> step size, momentum and log retention, each [b, h, t]."""
-        step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
-        return self.step_bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention)
 
 
 MemoryStep = Callable[[int, Piece, Writes, Tensor, States], tuple[Tensor, States]]

@@ -1,0 +1,299 @@
+"""How a token chooses its gates: step size, momentum and retention, as each paper parametrises them."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.memory.part import Part
+from nestling.memory.rule import Gates
+
+from .mixer import linear
+
+SLOWEST = math.exp(-0.5)  # RWKV-7's bound on -log retention
+
+
+class GatingModule(nn.Module):
+    """Gates with their weights: `choose(forward(x), bound)`. In between stand the layer's slots, where those without
+    a token hold zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is projected from the tokens [b, t, d] -> [b, t, n]."""
+        raise NotImplementedError
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        """[b, t, n] -> gates [b, h, t]; retention [b, h, t, k] where it is by channel. `bound`: the largest step that
+        frozen gradients allow; 1 where they are taken at every token."""
+        raise NotImplementedError
+
+
+class Gating(Part, family=True):
+    """The expression of gates."""
+
+    momentum: bool = False  # is there a gate for it
+    by_channel: bool = False  # has every key channel a retention of its own
+
+    @abstractmethod
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        """The module for a layer of width `dim`, initialised from the generator."""
+
+
+def _positive(owner: Part, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name) > 0:
+            raise ValueError(f"{type(owner).__name__}: {name} must be > 0, got {getattr(owner, name)}")
+
+
+@dataclass(frozen=True, repr=False)
+class sigmoid_gates(Gating):
+    """step size = reach * bound * sigmoid, momentum = sigmoid, log retention = logsigmoid of projections of the token.
+
+    Titans. With reach = 2 and steps on L2 at every token, I - b k k^T has negative eigenvalues (2411.12537).
+    Retention starts at 0.993 a token.
+    """
+
+    reach: float = 1.0
+    momentum = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "reach")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return SigmoidGates(dim, heads, self, generator)
+
+
+class SigmoidGates(nn.Linear, GatingModule):
+    def __init__(self, dim: int, heads: int, gating: sigmoid_gates, generator: torch.Generator | None) -> None:
+        super().__init__(dim, 3 * heads, device="meta")  # its own start would draw random numbers for nothing
+        made = linear(3 * heads, dim, generator, bias=True, gain=0.3)
+        self.weight, self.bias, self.gating = made.weight, made.bias, gating
+        with torch.no_grad():
+            self.bias[2 * heads :].fill_(5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Linear.forward(self, x)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
+        return Gates(self.gating.reach * bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention))
+
+
+@dataclass(frozen=True, repr=False)
+class fixed_gates(Gating):
+    """Retention 1 - 2^(-slowest - h) for head h, step size = bound: nothing is learned. RetNet (2307.08621), 3.1."""
+
+    slowest: float = 5.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "slowest")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return FixedGates(heads, self)
+
+
+class FixedGates(GatingModule):
+    def __init__(self, heads: int, gating: fixed_gates) -> None:
+        super().__init__()
+        self.heads, self.gating = heads, gating
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], self.heads)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        nothing = raw.transpose(1, 2)
+        heads = torch.arange(self.heads, dtype=raw.dtype, device=raw.device)
+        retention = torch.log1p(-torch.exp2(-self.gating.slowest - heads))
+        return Gates(nothing + bound, nothing, nothing + retention[:, None])
+
+
+@dataclass(frozen=True, repr=False)
+class low_rank_gates(Gating):
+    """log retention = logsigmoid(W_2 W_1 x + b) / divisor for every key channel, step size = bound.
+
+    Gated linear attention (2312.06635), 4.4.
+    """
+
+    rank: int = 16
+    divisor: float = 16.0
+    by_channel = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "divisor")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return LowRankGates(dim, heads, head_dim, self, generator)
+
+
+class LowRankGates(GatingModule):
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, gating: low_rank_gates, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.heads, self.gating = heads, gating
+        self.down = linear(gating.rank, dim, generator)
+        self.up = linear(heads * head_dim, gating.rank, generator, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        retention = F.logsigmoid(_by_head(raw, self.heads)) / self.gating.divisor
+        nothing = torch.zeros_like(retention[..., 0])
+        return Gates(nothing + bound, nothing, retention)
+
+
+@dataclass(frozen=True, repr=False)
+class _timed(Gating, abstract=True):
+    """log retention = -exp(A_log) dt, dt = softplus(W x + dt_bias): dt starts log-uniform in [least, most], exp(A_log)
+    uniform in [1, 16]. Raises ValueError unless 0 < least <= most."""
+
+    least: float = 1e-3
+    most: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive(self, "least")
+        if self.most < self.least:
+            raise ValueError(f"{type(self).__name__}: most must be >= least = {self.least}, got {self.most}")
+
+
+@dataclass(frozen=True, repr=False)
+class mamba2_gates(_timed):
+    """log retention = -exp(A_log) dt, step size = bound * dt, dt = softplus(W x + dt_bias): what is written and what is
+    forgotten go together. Mamba-2 (2405.21060), its published code."""
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return Mamba2Gates(dim, heads, self, generator)
+
+
+class Mamba2Gates(GatingModule):
+    def __init__(self, dim: int, heads: int, gating: mamba2_gates, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.project = linear(heads, dim, generator, gain=0.3)
+        self.log_rate, self.bias = _start(heads, heads, gating.least, gating.most, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        step = F.softplus(raw + self.bias).transpose(1, 2)
+        return Gates(bound * step, torch.zeros_like(step), -self.log_rate.exp()[:, None] * step)
+
+
+@dataclass(frozen=True, repr=False)
+class gated_delta_gates(_timed):
+    """step size = reach * bound * sigmoid(W_b x), log retention as in `mamba2_gates`.
+
+    Gated DeltaNet (2412.06464): with `retain_first()` on L2 at every token. reach = 2: negative eigenvalues.
+    """
+
+    reach: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "reach")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return DeltaGates(dim, heads, heads, self, generator)
+
+
+@dataclass(frozen=True, repr=False)
+class kda_gates(_timed):
+    """`gated_delta_gates` with a retention for every key channel, from a projection of rank `rank`; A_log one a head.
+
+    Kimi delta attention (2510.26692).
+    """
+
+    reach: float = 1.0
+    rank: int = 16
+    by_channel = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "reach", "rank")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return DeltaGates(dim, heads, heads * head_dim, self, generator)
+
+
+class DeltaGates(GatingModule):
+    """A step size a head and `width` retentions."""
+
+    def __init__(
+        self, dim: int, heads: int, width: int, gating: gated_delta_gates | kda_gates, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.heads, self.gating = heads, gating
+        self.step = linear(heads, dim, generator, gain=0.3)
+        if isinstance(gating, kda_gates):
+            down = linear(gating.rank, dim, generator)
+            self.project: nn.Module = nn.Sequential(down, linear(width, gating.rank, generator, gain=0.3))
+        else:
+            self.project = linear(width, dim, generator, gain=0.3)
+        self.log_rate, self.bias = _start(heads, width, gating.least, gating.most, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.step(x), self.project(x)], -1)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        step, width = raw[..., : self.heads].transpose(1, 2), len(self.bias)
+        spent = _by_head(F.softplus(raw[..., -width:] + self.bias), self.heads)  # [b, h, t, k or 1]
+        retention = -self.log_rate.exp()[:, None, None] * spent
+        retention = retention if self.gating.by_channel else retention[..., 0]
+        return Gates(self.gating.reach * bound * step.sigmoid(), torch.zeros_like(step), retention)
+
+
+@dataclass(frozen=True, repr=False)
+class rwkv7_gates(Gating):
+    """log retention = -exp(-1/2) sigmoid(w_0 + W_2 tanh(W_1 x)) for every key channel, step size = bound * sigmoid.
+
+    RWKV-7 (2503.14456), its decay to the letter; its step size is one a channel, here one a head. The former is
+    `nestling.sequence.rwkv7`.
+    """
+
+    rank: int = 16
+    by_channel = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank")
+
+    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+        return Rwkv7Gates(dim, heads, head_dim, self, generator)
+
+
+class Rwkv7Gates(GatingModule):
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, gating: rwkv7_gates, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.step = linear(heads, dim, generator, gain=0.3)
+        self.down = linear(gating.rank, dim, generator)
+        self.up = linear(heads * head_dim, gating.rank, generator, bias=True)
+        with torch.no_grad():  # from slow to fast along the channels of a head
+            self.up.bias.copy_(torch.linspace(-6.0, 1.0, head_dim).repeat(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.step(x), self.up(self.down(x).tanh())], -1)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        step = raw[..., : self.heads].transpose(1, 2)
+        retention = -SLOWEST * _by_head(raw[..., self.heads :], self.heads).sigmoid()
+        return Gates(bound * step.sigmoid(), torch.zeros_like(step), retention)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[b, t, h * n] -> [b, h, t, n]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _start(
+    heads: int, width: int, least: float, most: float, generator: torch.Generator | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_log [h], exp uniform in [1, 16]; dt_bias [width], its softplus log-uniform in [least, most]."""
+    log_rate = (1.0 + 15.0 * torch.rand(heads, generator=generator)).log()
+    spread = math.log(most) - math.log(least)
+    step = (math.log(least) + spread * torch.rand(width, generator=generator)).exp()
+    return nn.Parameter(log_rate), nn.Parameter(step + torch.log(-torch.expm1(-step)))

@@ -1,0 +1,53 @@
+"""What stands between the projections of a token and the queries, keys and values that a memory gets."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.memory.part import Part
+
+from .elementwise import Heads, unit
+from .mixer import split_heads
+
+
+class Preparation(Part, family=True):
+    """A choice of nonlinearity and norm."""
+
+    @abstractmethod
+    def streams(self, mixed: Tensor, heads: int) -> Tensor:
+        """Queries, keys and values side by side [b, t, 3 d] -> heads [b, 3 h, t, k]."""
+
+
+@dataclass(frozen=True, repr=False)
+class silu_unit(Preparation):
+    """SiLU, then L2-normalised queries and keys: Titans, DeltaNet and what came after."""
+
+    def streams(self, mixed: Tensor, heads: int) -> Tensor:
+        return Heads.apply(mixed, 3 * heads, 2 * heads)
+
+
+@dataclass(frozen=True, repr=False)
+class silu(Preparation):
+    """SiLU alone: Mamba-2. Keys are as long as they come, and steps with an erase may then go too far."""
+
+    def streams(self, mixed: Tensor, heads: int) -> Tensor:
+        return Heads.apply(mixed, 3 * heads, 0)
+
+
+@dataclass(frozen=True, repr=False)
+class unit_keys(Preparation):
+    """L2-normalised queries and keys, without a nonlinearity."""
+
+    def streams(self, mixed: Tensor, heads: int) -> Tensor:
+        streams = split_heads(mixed, 3 * heads)
+        return torch.cat([unit(streams[:, : 2 * heads]), streams[:, 2 * heads :]], 1)
+
+
+@dataclass(frozen=True, repr=False)
+class bare(Preparation):
+    """As projected: RetNet, gated linear attention."""
+
+    def streams(self, mixed: Tensor, heads: int) -> Tensor:
+        return split_heads(mixed, 3 * heads)

@@ -9,11 +9,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.part import Part
-from nestling.memory.rule import Gates
+from nestling.memory.rule import Gates, Pairs, Rule, every
 
 from .mixer import linear
 
 SLOWEST = math.exp(-0.5)  # RWKV-7's bound on -log retention
+
+
+Names = tuple[str, ...]
+GATES: Names = Gates._fields
+
+
+def gates_of(rule: Rule) -> Names:
+    """The gates that a rule looks at: those that two steps on random pairs depend on."""
+    while isinstance(rule, every):
+        rule = rule.of
+    generator = torch.Generator().manual_seed(0)
+    weight, error, x = (
+        torch.randn(1, *shape, dtype=torch.float64, generator=generator) for shape in ((3, 4), (2, 3), (2, 4))
+    )
+    with torch.enable_grad():
+        gates = Gates(*(torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.3, 0.6, -0.4)))
+        weight = rule.conceal(weight)
+        state = rule.init(weight)
+        for t in range(2):
+            weight, state = rule.step(weight, Pairs(error[:, t : t + 1], x[:, t : t + 1]), state, gates)
+        answer = (rule.expose(weight, state) * torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)).sum()
+        found = torch.autograd.grad(answer, list(gates), allow_unused=True)  # type: ignore[arg-type]
+    felt = [grad is not None and float(grad.abs()) > 1e-12 for grad in found]
+    return tuple(name for name, yes in zip(GATES, felt, strict=True) if yes)
 
 
 class GatingModule(nn.Module):
@@ -37,8 +61,11 @@ class Gating(Part, family=True):
     by_channel: bool = False  # has every key channel a retention of its own
 
     @abstractmethod
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
-        """The module for a layer of width `dim`, initialised from the generator."""
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
+        """The module for a layer of width `dim`, initialised from the generator. used: the gates that the layer's rule
+        looks at; of the others none is learned."""
 
 
 def _positive(owner: Part, *names: str) -> None:
@@ -61,24 +88,37 @@ class sigmoid_gates(Gating):
     def __post_init__(self) -> None:
         _positive(self, "reach")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
-        return SigmoidGates(dim, heads, self, generator)
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
+        return SigmoidGates(dim, heads, self, generator, used)
 
 
 class SigmoidGates(nn.Linear, GatingModule):
-    def __init__(self, dim: int, heads: int, gating: sigmoid_gates, generator: torch.Generator | None) -> None:
-        super().__init__(dim, 3 * heads, device="meta")  # its own start would draw random numbers for nothing
-        made = linear(3 * heads, dim, generator, bias=True, gain=0.3)
-        self.weight, self.bias, self.gating = made.weight, made.bias, gating
-        with torch.no_grad():
-            self.bias[2 * heads :].fill_(5.0)
+    def __init__(
+        self, dim: int, heads: int, gating: sigmoid_gates, generator: torch.Generator | None, used: Names
+    ) -> None:
+        rows = len(used) * heads
+        super().__init__(dim, rows, device="meta")  # its own start would draw random numbers for nothing
+        made = linear(rows, dim, generator, bias=True, gain=0.3)
+        self.weight, self.bias, self.gating, self.used, self.heads = made.weight, made.bias, gating, used, heads
+        if "log_retention" in used:
+            with torch.no_grad():
+                self.bias[rows - heads :].fill_(5.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.Linear.forward(self, x)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        step_size, kept, retention = raw.transpose(1, 2).chunk(3, 1)
-        return Gates(self.gating.reach * bound * step_size.sigmoid(), kept.sigmoid(), F.logsigmoid(retention))
+        told = dict(zip(self.used, raw.transpose(1, 2).split(self.heads, 1), strict=True))
+        shape = (raw.shape[0], self.heads, raw.shape[1])
+        step_size, kept, retention = (told.get(name) for name in GATES)
+        reach = self.gating.reach * bound
+        return Gates(
+            raw.new_full(shape, reach) if step_size is None else reach * step_size.sigmoid(),
+            raw.new_zeros(shape) if kept is None else kept.sigmoid(),
+            raw.new_zeros(shape) if retention is None else F.logsigmoid(retention),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,7 +130,9 @@ class fixed_gates(Gating):
     def __post_init__(self) -> None:
         _positive(self, "slowest")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return FixedGates(heads, self)
 
 
@@ -123,7 +165,9 @@ class low_rank_gates(Gating):
     def __post_init__(self) -> None:
         _positive(self, "rank", "divisor")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return LowRankGates(dim, heads, head_dim, self, generator)
 
 
@@ -164,7 +208,9 @@ class mamba2_gates(_timed):
     """log retention = -exp(A_log) dt, step size = bound * dt, dt = softplus(W x + dt_bias): what is written and what is
     forgotten go together. Mamba-2 (2405.21060), its published code."""
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return Mamba2Gates(dim, heads, self, generator)
 
 
@@ -195,7 +241,9 @@ class gated_delta_gates(_timed):
         super().__post_init__()
         _positive(self, "reach")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return DeltaGates(dim, heads, heads, self, generator)
 
 
@@ -214,7 +262,9 @@ class kda_gates(_timed):
         super().__post_init__()
         _positive(self, "reach", "rank")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return DeltaGates(dim, heads, heads * head_dim, self, generator)
 
 
@@ -259,7 +309,9 @@ class rwkv7_gates(Gating):
     def __post_init__(self) -> None:
         _positive(self, "rank")
 
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> GatingModule:
+    def build(
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+    ) -> GatingModule:
         return Rwkv7Gates(dim, heads, head_dim, self, generator)
 
 

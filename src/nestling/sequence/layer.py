@@ -12,7 +12,7 @@ from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize,
 from nestling.memory.structure import Weights, matrix
 
 from .convolution import ShortConvolution
-from .gating import Gating, sigmoid_gates
+from .gating import Gating, gates_of, sigmoid_gates
 from .layout import Layout, Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, step_bound
 from .preparation import Preparation, silu_unit
@@ -78,7 +78,7 @@ class SequenceMemory(MixerModule):
         head_dim = dim // heads
         self.qkv = linear(3 * dim, dim, generator)
         self.convolution = ShortConvolution(3 * dim, memory.convolution, generator)
-        self.gates = memory.gating.build(dim, heads, head_dim, generator)
+        self.gates = memory.gating.build(dim, heads, head_dim, generator, gates_of(memory.rule))
         self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
         self.widths = (head_dim, head_dim)

@@ -16,21 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestling.memory import naive, naive_linear, naive_miras
 from nestling.memory.adaptive import adam
-from nestling.memory.attentional_bias import dot, l2, residual_l2
+from nestling.memory.attentional_bias import dot, l2, lp, residual_l2
 from nestling.memory.compound import features, normed
-from nestling.memory.feature import polynomial
+from nestling.memory.feature import exponential, polynomial
+from nestling.memory.oja import oja
 from nestling.memory.orthogonal import newton_schulz
 from nestling.memory.retention import decay, kl, row_norm
-from nestling.memory.rule import Gates, gradient_descent, momentum, retain, retain_first, scale, surprise
+from nestling.memory.rule import Gates, gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.state import flatten
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
 from .attention import attention
 from .caching import caching
 from .context import mac
+from .gating import fixed_gates, gated_delta_gates, kda_gates, low_rank_gates, mamba2_gates
 from .layer import sequence_memory
 from .miras import memora, moneta, yaad
 from .mixer import Mixer
+from .preparation import bare, silu
 from .scan import Memory, Writes
 from .self_modifying import self_modifying
 from .titans import mag, mal
@@ -158,7 +161,9 @@ def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
     weights = tuple(weight.double().requires_grad_() for weight in start)
     keys, queries = F.normalize(normal(width), dim=-1), F.normalize(normal(width), dim=-1)
     step_size = (0.9 if memory.exact else 0.05) * normal().sigmoid()
-    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), F.logsigmoid(normal() + 3))
+    by_channel = isinstance(memory, sequence_memory) and memory.gating.by_channel
+    retention = F.logsigmoid(normal(*[width] * by_channel) + 3)
+    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention)
     return weights, Flow(*(part.requires_grad_() for part in flow))
 
 
@@ -237,10 +242,19 @@ def _miras(run: Callable[..., naive_miras.Run], **told: Any) -> Oracle:
     return oracle
 
 
-def _exact(bias: Any, rule: Any) -> sequence_memory:
-    return sequence_memory(matrix(), bias, rule, gradient_at="token")
+def _exact(bias: Any, rule: Any, **around: Any) -> sequence_memory:
+    return sequence_memory(matrix(), bias, rule, gradient_at="token", **around)
 
 
+def _written(flow: Flow) -> Tensor:
+    return flow.step_size[:, None] * flow.values
+
+
+def _every_channel(flow: Flow) -> Tensor:
+    return flow.retention[:, None].expand_as(flow.keys)
+
+
+_DECAYED = retain(decay(), gradient_descent())
 _TITANS = retain(decay(), momentum())
 
 zoo: dict[str, Model] = {
@@ -258,6 +272,63 @@ zoo: dict[str, Model] = {
             lambda f, s: naive_linear.naive_linear_attention(f.queries, f.keys, f.step_size[:, None] * f.values, s)
         ),
     ),
+    "retnet": Model(
+        _exact(dot(), _DECAYED, gating=fixed_gates(), preparation=bare()),
+        "S_t = a_h S_{t-1} + v_t k_t^T,  a_h = 1 - 2^(-5-h) of head h",
+        "Sun et al. 2023 (arXiv 2307.08621)",
+        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), _every_channel(f), s)),
+        note="without the rotation of queries and keys",
+    ),
+    "mamba2": Model(
+        _exact(dot(), _DECAYED, gating=mamba2_gates(), preparation=silu()),
+        "S_t = a_t S_{t-1} + D_t v_t k_t^T,  log a_t = -exp(A) D_t,  D_t = softplus(w.x_t + b)",
+        "Dao and Gu 2024 (arXiv 2405.21060)",
+        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), _every_channel(f), s)),
+        note="keys and queries of their own for every head; gates against their formulas in tests/test_gating.py",
+    ),
+    "gla": Model(
+        _exact(dot(), _DECAYED, gating=low_rank_gates(), preparation=bare()),
+        "S_t = S_{t-1} Diag(a_t) + v_t k_t^T,  log a_t = logsigmoid(W_2 W_1 x_t + b) / 16",
+        "Yang et al. 2024 (arXiv 2312.06635)",
+        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), f.retention, s)),
+    ),
+    "kda": Model(
+        _exact(l2(), retain_first(decay(), gradient_descent()), gating=kda_gates()),
+        "S_t = S_{t-1} Diag(a_t) (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
+        "Kimi Linear 2025 (arXiv 2510.26692)",
+        _linear(
+            lambda f, s: naive_linear.naive_gated_delta_rule(f.queries, f.keys, f.values, f.step_size, f.retention, s)
+        ),
+    ),
+    "longhorn": Model(
+        _exact(l2(), normalize(gradient_descent())),
+        "S_t = argmin |S - S_{t-1}|^2 + eta_t |S k_t - v_t|^2",
+        "Liu et al. 2024 (arXiv 2407.14207), exact where its kernel is diagonal",
+        _linear(
+            lambda f, s: naive_linear.naive_longhorn(
+                f.queries, f.keys, f.values, f.step_size[:, None].expand_as(f.values), s
+            )
+        ),
+        note="one eta a head; the paper has one a channel",
+    ),
+    "oja": Model(
+        sequence_memory(matrix(), dot(), oja(), 1, "token", way="recurrent"),
+        "S_t = S_{t-1} + eta_t v_t (k_t - S_{t-1}^T v_t)^T",
+        "Oja 1982; Irie et al. 2022",
+        note="checked in tests/test_oja.py",
+    ),
+    "deep_transformer": Model(
+        sequence_memory(features(mlp(residual=False), exponential(3)), dot(), gradient_descent(), 16),
+        "W_t = W_{t-1} + eta_t d<M(phi(k_t)), v_t>/dW at the chunk's first weights, <phi(q), phi(k)> near exp(q.k)",
+        "ATLAS, section 4",
+        note="features to the third degree, checked in tests/test_compound.py; with matrix() unnormalised softmax",
+    ),
+    "dot": Model(
+        sequence_memory(features(mlp(residual=False), exponential(3)), l2(), gradient_descent(), 16, window=4),
+        "as deep_transformer with the l2 objective over a window of pairs",
+        "ATLAS, section 4",
+        note="features checked in tests/test_compound.py; the pairs of a window weigh the same",
+    ),
     "deltanet": Model(
         _exact(l2(), gradient_descent()),
         "S_t = S_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
@@ -265,7 +336,7 @@ zoo: dict[str, Model] = {
         _linear(lambda f, s: naive_linear.naive_delta_rule(f.queries, f.keys, f.values, f.step_size, s)),
     ),
     "gated_deltanet": Model(
-        _exact(l2(), retain_first(decay(), gradient_descent())),
+        _exact(l2(), retain_first(decay(), gradient_descent()), gating=gated_delta_gates()),
         "S_t = a_t S_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
         "Yang et al. 2025 (arXiv 2412.06464)",
         _linear(
@@ -377,8 +448,8 @@ zoo: dict[str, Model] = {
         note="features checked in tests/test_compound.py",
     ),
     "unnamed": Model(
-        sequence_memory(mlp(), l2(), retain(kl(), adam()), 16, read="boundary", way="stepped"),
-        "nobody's: KL retention learned by Adam, once a chunk",
+        sequence_memory(mlp(), lp(3.0), retain(kl(), scale(adam())), 16, read="boundary", way="stepped"),
+        "nobody's: an l_3 objective with KL retention, learned by Adam, once a chunk",
         "docs/architecture.md",
         note="what the tutorial derives",
     ),

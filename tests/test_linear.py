@@ -213,6 +213,16 @@ def test_mesa_twice_differentiable_and_better_with_iterations() -> None:
         mesa(*tensors, ridge, iterations=0)
 
 
+def test_mesa_solves_in_float32_at_least() -> None:
+    x = draw(20)
+    low = [x[name].bfloat16() for name in ("q", "k", "v", "b", "log", "ridge")]
+    y, (g, _) = mesa(*low)
+    assert y.dtype == torch.bfloat16
+    assert g.dtype == torch.float32
+    expected, _ = mesa(*(part.double() for part in low))
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=2e-2, atol=1e-3)
+
+
 GATES = (None, "log", "logk", "far")
 ERASES = ((None, None), ("p", None), ("p", "e"))
 

@@ -213,6 +213,16 @@ def test_mesa_twice_differentiable_and_better_with_iterations() -> None:
         mesa(*tensors, ridge, iterations=0)
 
 
+def test_mesa_solves_in_float32_at_least() -> None:
+    x = draw(20)
+    low = [x[name].bfloat16() for name in ("q", "k", "v", "b", "log", "ridge")]
+    y, (g, _) = mesa(*low)
+    assert y.dtype == torch.bfloat16
+    assert g.dtype == torch.float32
+    expected, _ = mesa(*(part.double() for part in low))
+    torch.testing.assert_close(y, expected.bfloat16(), rtol=2e-2, atol=1e-3)
+
+
 GATES = (None, "log", "logk", "far")
 ERASES = ((None, None), ("p", None), ("p", "e"))
 
@@ -274,6 +284,7 @@ def test_gates_of_exactly_zero_and_one(gates, erase) -> None:
 
     expected = with_gradients(inputs, lambda part: run(part, "recurrent"))
     found = with_gradients(inputs, lambda part: run(part, "chunked"))
+    assert not found[2 + list(inputs).index("log_gates")][log_gates == -torch.inf].any()
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -38,13 +38,15 @@ def mesa(
         raise ValueError(f"ridge must be {[h, width]} beside q {list(q.shape)}, got {list(ridge.shape)}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    dtype, given = torch.promote_types(v.dtype, torch.float32), v.dtype  # conjugate gradients need the digits
+    q, k, v, step_size, log_retention, ridge = (x.to(dtype) for x in (q, k, v, step_size, log_retention, ridge))
     g, inner = (None, q.new_zeros(b, h, width, width)) if initial_state is None else initial_state
     solved = Solve.apply(q, k, step_size, log_retention, ridge, inner, iterations, chunk)
     y, after = linear_memory(
         solved, k, v * step_size[..., None], log_retention=log_retention, initial_state=g, chunk=chunk, scale=1.0
     )
     _, inner = _apply(torch.zeros_like(q), (k, step_size, log_retention, ridge, inner), chunk)
-    return y, (after, inner)
+    return y.to(given), (after, inner)
 
 
 def _apply(x: Tensor, parts: Sequence[Tensor], chunk: int) -> tuple[Tensor, Tensor]:

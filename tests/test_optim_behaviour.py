@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nestling import optim
-from nestling.memory import decay, every, momentum, retain
+from nestling.memory import Rule, decay, every, momentum, retain
 from nestling.optim import M3, OPTIMIZERS, SGD, Adam, AdamW, Joined, Muon, for_model, split_parameters, to_optimizer
 
 NAMES = sorted(OPTIMIZERS)
@@ -304,6 +304,31 @@ def test_steps_count_tokens():
         train(net, optimizer, [seed])
         moved.append(not torch.equal(vector(net), before))
     assert moved == [False, True] * 3
+
+
+class _remembers_the_weight(Rule, abstract=True):
+    """Descends, and remembers the weight that it stepped from."""
+
+    elementwise = True
+
+    def init(self, weight):
+        return (torch.zeros_like(weight),)
+
+    def step(self, weight, gradient, state, gates):
+        return weight - gates.step_size * gradient.dense(), (weight,)
+
+
+@pytest.mark.parametrize("size", [4, 1000], ids=["pieces", "whole"])
+def test_a_rule_may_remember_the_weight_itself(size, monkeypatch):
+    monkeypatch.setitem(optim.adapter.PIECE, "cpu", size)
+    net = small_net()
+    optimizer = to_optimizer(_remembers_the_weight(), net.parameters())
+    for seed in range(3):
+        before = [p.detach().clone() for p in net.parameters()]
+        train(net, optimizer, [seed])
+        for parameter, old in zip(net.parameters(), before, strict=True):
+            assert torch.equal(optimizer.state[parameter]["0"], old)
+            assert not torch.equal(parameter, old)
 
 
 def tied_model() -> nn.Module:

@@ -201,11 +201,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self.forms[key]
 
     def _keep(self, parameter: Tensor, weight: Tensor, state: Any) -> None:
-        """The state under flat names; what has the weight's shape takes the parameter's."""
-        self.state[parameter] = {
-            name: tensor.view(parameter.shape) if tensor.shape == weight.shape else tensor
-            for name, tensor in flatten(state).items()
-        }
+        """The state under flat names; what has the weight's shape takes the parameter's, and what is the parameter
+        itself, about to be written over, is copied."""
+        kept = {}
+        for name, tensor in flatten(state).items():
+            own = tensor.clone() if tensor.data_ptr() == parameter.data_ptr() else tensor
+            kept[name] = own.view(parameter.shape) if own.shape == weight.shape else own
+        self.state[parameter] = kept
 
     def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Summed:
         assert parameter.grad is not None
@@ -228,8 +230,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             stepped, state = rule.step(torch.stack(weights), gradient, rule.anchor(_stack(states)), gates)
             after, left = list(stepped.unbind(0)), _unstack(state, len(members))
         for parameter, weight, new, kept in zip(members, weights, after, left, strict=True):
-            parameter.copy_(new.view_as(parameter))
             self._keep(parameter, weight, kept)
+            parameter.copy_(new.view_as(parameter))
 
     def _step_pieces(self, rule: Rule, parameter: Tensor, gates: Gates, group: dict[str, Any], size: int) -> None:
         """One large parameter, as a row that is cut in pieces, in place."""
@@ -242,10 +244,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             rest = iter(before)
             piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
             stepped, after = rule.step(weight, Summed(total, None, group["tokens"]), piece, gates)
-            weight.copy_(stepped)
             for old, new in zip(before, _leaves(after), strict=True):
                 if new.dim() == 2:
                     old.copy_(new)
+            weight.copy_(stepped)  # last: a state may hold the weight that was
         if row.data_ptr() != parameter.data_ptr():
             parameter.copy_(row.view_as(parameter))
         self._keep(parameter, row, _joined(state, after, 2))

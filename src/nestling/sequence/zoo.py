@@ -124,7 +124,7 @@ def size(mixer: Mixer, dim: int = 64, length: int = 256) -> Size:
     module = mixer.build(dim, 1, torch.Generator().manual_seed(0))
     told = flatten(module.init_state(1))
     counted = {name: x.numel() for name, x in told.items() if x.is_floating_point() and "anchor" not in name}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         module(torch.zeros(1, length, dim))
     tails = sum(count for name, count in counted.items() if name.split(".")[-1] == "tail")
     return Size(sum(counted.values()) - tails, counter.get_total_flops() // length)
@@ -242,8 +242,8 @@ def _miras(run: Callable[..., naive_miras.Run], **told: Any) -> Oracle:
     return oracle
 
 
-def _exact(bias: Any, rule: Any, **around: Any) -> sequence_memory:
-    return sequence_memory(matrix(), bias, rule, gradient_at="token", **around)
+def _exact(bias: Any, rule: Any, structure: Any = matrix(), **around: Any) -> sequence_memory:
+    return sequence_memory(structure, bias, rule, gradient_at="token", **around)
 
 
 def _written(flow: Flow) -> Tensor:
@@ -318,14 +318,14 @@ zoo: dict[str, Model] = {
         note="checked in tests/test_oja.py",
     ),
     "deep_transformer": Model(
-        sequence_memory(features(mlp(residual=False), exponential(3)), dot(), gradient_descent(), 16),
-        "W_t = W_{t-1} + eta_t d<M(phi(k_t)), v_t>/dW at the chunk's first weights, <phi(q), phi(k)> near exp(q.k)",
+        _exact(dot(), gradient_descent(), structure=features(matrix(), exponential(2))),
+        "S_t = S_{t-1} + eta_t v_t phi(k_t)^T,  <phi(q), phi(k)> = 1 + q.k + (q.k)^2 / 2, the first terms of exp(q.k)",
         "ATLAS, section 4",
-        note="features to the third degree, checked in tests/test_compound.py; with matrix() unnormalised softmax",
+        note="a matrix: softmax attention without its norm; features to the second degree (tests/test_compound.py)",
     ),
     "dot": Model(
-        sequence_memory(features(mlp(residual=False), exponential(3)), l2(), gradient_descent(), 16, window=4),
-        "as deep_transformer with the l2 objective over a window of pairs",
+        sequence_memory(features(matrix(), exponential(2)), l2(), gradient_descent(), 16, window=4),
+        "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
         "ATLAS, section 4",
         note="features checked in tests/test_compound.py; the pairs of a window weigh the same",
     ),

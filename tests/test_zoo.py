@@ -7,8 +7,9 @@ import torch
 
 from nestling import Decoder, ModelConfig, checks, zoo
 from nestling.cli import main
-from nestling.memory import Rule, decay, gradient_descent, l2, matrix, mlp, parse, retain
+from nestling.memory import Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
 from nestling.sequence import Memory, Mixer, sequence_memory
+from nestling.sequence.gating import gates_of
 from nestling.sequence.zoo import FAR, Model, error, size
 
 ORACLES = [(name, way) for name, model in zoo.items() if model.oracle is not None for way in model.ways]
@@ -62,10 +63,21 @@ def test_deep_memories_depend_on_their_chunk_and_exact_ones_do_not():
         mixers = [dataclasses.replace(zoo[name].mixer, chunk=chunk) for chunk in (4, 12)]
         layers = [mixer.build(16, 2, torch.Generator().manual_seed(0)) for mixer in mixers]
         layers[1].step_bound = layers[0].step_bound  # the same steps
-        return float((layers[0](x)[0] - layers[1](x)[0]).abs().max())
+        return float((layers[0](x)[0] - layers[1](x)[0]).abs().max().detach())
 
     assert max(map(apart, ("linear_attention", "deltanet", "gated_deltanet"))) < 1e-5
     assert min(map(apart, ("titans", "yaad", "ttt_mlp"))) > 1e-4
+
+
+def test_a_layer_learns_only_the_gates_that_its_rule_looks_at():
+    rules = {"linear_attention": 1, "titans": 3, "dla": 2}
+    for name, gates in rules.items():
+        assert zoo[name].mixer.build(16, 2).gates.weight.shape == (2 * gates, 16)
+    assert gates_of(every(4, retain(decay(), gradient_descent()))) == ("step_size", "log_retention")
+    assert gates_of(surprise()) == ()
+    layer = sequence_memory(matrix(), rule=surprise(), gradient_at="token").build(16, 2)
+    y, _ = layer(torch.randn(1, 5, 16))
+    assert y.shape == (1, 5, 16)
 
 
 def test_four_choices_and_what_they_cost():

@@ -338,7 +338,7 @@ class unread_number(attention, abstract=True):
 def test_a_dead_option_is_caught(mixer: Any, words: str) -> None:
     finding = checks.options_live(mixer)
     assert finding.passed is False
-    assert finding.measured == 1
+    assert finding.measured >= 1
     assert words in finding.detail
 
 

@@ -137,7 +137,7 @@ def test_config_file_flags_and_saved_config(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "out" / "train").iterdir()
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["dim"] == 16
-    assert saved["model"]["mixer"] == {"kind": "attention", "window": 8, "convolution": 4}
+    assert saved["model"]["mixer"] == {"kind": "attention", "window": 8, "convolution": 4, "persistent": 0}
     assert [lvl["period"] for lvl in saved["model"]["levels"]] == [8, 24]
     assert (saved["train"]["steps"], saved["train"]["seed"]) == (3, 4)
 

@@ -319,8 +319,9 @@ def test_the_layer_is_the_oracle_between_its_projections(expression):
     qkv = F.pad(layer.qkv(x), (0, 0, 3, 0))
     mixed = F.silu(sum(qkv[:, shift : shift + 40] * layer.convolution.weight[:, shift] for shift in range(4)))
     q, k, v = mixed.view(1, 40, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
-    step_size, kept, raw_retention = layer.gates(x).view(1, 40, 3, HEADS).permute(2, 0, 3, 1)
-    gates = Gates(layer.step_bound * step_size.sigmoid(), kept.sigmoid(), raw_retention.sigmoid().log())
+    step_size, *kept, raw_retention = layer.gates(x).view(1, 40, -1, HEADS).permute(2, 0, 3, 1)
+    momenta = kept[0].sigmoid() if kept else torch.zeros_like(step_size)  # of a rule without one none is learned
+    gates = Gates(layer.step_bound * step_size.sigmoid(), momenta, raw_retention.sigmoid().log())
     starts = tuple(start[None] for start in layer.start)
     k, q = k / k.norm(dim=-1, keepdim=True), q / q.norm(dim=-1, keepdim=True)
     reads = slow(expression, Data(starts, k, v, q, gates)).reads

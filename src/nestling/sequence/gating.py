@@ -92,7 +92,7 @@ class sigmoid_gates(Gating):
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
     ) -> GatingModule:
-        return SigmoidGates(dim, heads, self, generator, used)
+        return SigmoidGates(dim, heads, self, generator, used) if used else NoGates(heads, self.reach)
 
 
 class SigmoidGates(nn.Linear, GatingModule):
@@ -111,7 +111,7 @@ class SigmoidGates(nn.Linear, GatingModule):
         return nn.Linear.forward(self, x)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        told = dict(zip(self.used, raw.transpose(1, 2).split(self.heads, 1), strict=False))  # of no gates, one of none
+        told = dict(zip(self.used, raw.transpose(1, 2).split(self.heads, 1), strict=True))
         shape = (raw.shape[0], self.heads, raw.shape[1])
         step_size, kept, retention = (told.get(name) for name in GATES)
         reach = self.gating.reach * bound
@@ -120,6 +120,21 @@ class SigmoidGates(nn.Linear, GatingModule):
             raw.new_zeros(shape) if kept is None else kept.sigmoid(),
             raw.new_zeros(shape) if retention is None else F.logsigmoid(retention),
         )
+
+
+class NoGates(GatingModule):
+    """Of a rule that looks at none."""
+
+    def __init__(self, heads: int, reach: float) -> None:
+        super().__init__()
+        self.heads, self.reach = heads, reach
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], self.heads)
+
+    def choose(self, raw: Tensor, bound: float) -> Gates:
+        nothing = raw.transpose(1, 2)
+        return Gates(nothing + self.reach * bound, nothing, nothing)
 
 
 @dataclass(frozen=True, repr=False)

@@ -210,7 +210,7 @@ class Memory:
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             plan, norms = self._plan(pairs, x[..., -n:, :], None, state.rule[i])
             carry = windows.spread(self._carry(pairs, plan), plan.write, joined.band)
-            once = plan._replace(write=torch.ones_like(error[..., 0]))
+            once = plan._replace(write=torch.ones_like(error[..., 0]), sight=None)  # of steps at every token alone
             maps.append(chunks.write(once, carry, weight, x, error))
             all_norms.append(norms)
         return maps, all_norms

@@ -1,4 +1,4 @@
-# make demo | test | test-kill | lint | bench: everything a fresh clone needs is made on the way.
+# make demo | test | test-kill | test-mutants | lint | bench: everything a fresh clone needs is made on the way.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: demo demo-short test test-kill lint bench clean
+.PHONY: demo demo-short test test-kill test-mutants lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nestling needs Python 3.11 or newer")'
@@ -31,6 +31,9 @@ test: lint
 
 test-kill: $(VENV)/installed
 	$(BIN)/python tests/kills.py --kills 20
+
+test-mutants: $(VENV)/installed
+	$(BIN)/python tests/mutants.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sequence.py

@@ -1,0 +1,111 @@
+"""One-line sabotages, each of which must fail a test.
+
+    python tests/mutants.py [--only WORD]
+
+Every mutant is applied to a copy of the package, and the tests that should see it run on that copy; the first that
+fails kills it. Ends with the survivors, and with exit code 1 if there are any. Not part of `make test`.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """In `file` of the package, `old`, which stands there once, becomes `new`; seen by `tests`."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "memory/rule.py",
+        "buffer = _wide(gates.momentum) * state.buffer + added",
+        "buffer = added - _wide(gates.momentum) * state.buffer",
+        "tests/test_rule.py",
+    ),
+    Mutant(
+        "memory/rule.py",
+        "return added - _wide(step_size) * gradient.project(weight), state",
+        "return added + _wide(step_size) * gradient.project(weight), state",
+        "tests/test_rule.py",
+    ),
+    Mutant("memory/rule.py", "tick = elapsed >= self.period", "tick = elapsed > self.period", "tests/test_rule.py"),
+    Mutant("memory/rule.py", "norms.input.cumsum(-1)", "norms.input", "tests/test_sequence.py"),
+    Mutant("memory/retention.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_sequence.py"),
+    Mutant("memory/structure.py", "(2.0 - squared) * (g * error)", "squared * (g * error)", "tests/test_fused.py"),
+    Mutant(
+        "sequence/chunk.py", "later(after.start_kept, 1.0)", "later(after.start_kept, 0.0)", "tests/test_sequence.py"
+    ),
+    Mutant(
+        "sequence/fused.py",
+        "return _add(answer, scores.mul_(written), writes, -1.0)",
+        "return _add(answer, scores.mul_(written), writes, 1.0)",
+        "tests/test_fused.py",
+    ),
+    Mutant("sequence/fused.py", "after.add_(start)", "after.add_(0.0)", "tests/test_fused.py"),
+    Mutant("sequence/elementwise.py", "d_x[:, :back] += d_head[:, back:]", "pass", "tests/test_elementwise.py"),
+    Mutant(
+        "sequence/stepped.py",
+        "Gates(mean, momentum / some, log_retention)",
+        "Gates(mean, momentum / some, 0.0)",
+        "tests/test_stepped.py",
+    ),
+    Mutant("sequence/stepped.py", "pending.gradient * share", "pending.gradient", "tests/test_zoo.py"),
+    Mutant("sequence/window.py", "(age <= n)", "(age < n)", "tests/test_window.py"),
+    Mutant("sequence/layout.py", "(phase + length) % frame", "phase * 0 + length % frame", "tests/test_layout.py"),
+    Mutant("sequence/convolution.py", "after = x[:, -back:]", "after = x[:, :back]", "tests/test_layout.py"),
+    Mutant(
+        "sequence/self_modifying.py",
+        "pairs = Writes(k, v, gates, present, True, carry)",
+        "pairs = Writes(k, v, gates, present, False, carry)",
+        "tests/test_self_modifying.py",
+    ),
+    Mutant("sequence/gating.py", "else F.logsigmoid(retention),", "else -retention.sigmoid(),", "tests/test_gating.py"),
+    Mutant(
+        "memory/adaptive.py", "1.0 - self.share * count.clamp(max=1.0)", "1.0 - self.share", "tests/test_optim_torch.py"
+    ),
+    Mutant("learner/states.py", 'if about["fits"] != fits:', 'if about["fits"] == "":', "tests/test_states.py"),
+)
+
+
+def survives(mutant: Mutant, folder: Path) -> bool:
+    """Do its tests pass on a copy of the package with the mutant in it?"""
+    copy = folder / "src"
+    shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copy / "nestling" / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)} times, not once")
+    file.write_text(text.replace(mutant.old, mutant.new))
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutants whose file has this in its name")
+    asked = parser.parse_args()
+    survivors = []
+    for mutant in (m for m in MUTANTS if asked.only in m.file):
+        with tempfile.TemporaryDirectory() as folder:
+            alive = survives(mutant, Path(folder))
+        print(f"{'SURVIVES' if alive else 'killed'}  {mutant.file}: {mutant.old} -> {mutant.new}", flush=True)
+        survivors += [mutant] * alive
+    print(f"{len(survivors)} survived")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()

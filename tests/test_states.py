@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nestling import Decoder, ModelConfig, attention, load_state, mlp, save_state, self_modifying, sequence_memory
+from nestling.learner import fingerprint
 from nestling.memory.state import clone, difference, flatten, rows, stack, to
 
 MIXERS = {
@@ -67,6 +68,11 @@ def test_a_decoders_state_is_saved_too(tmp_path):
     _, state = model(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     save_state(tmp_path / "state", state, model)
     assert equal(load_state(tmp_path / "state", model), state)
+
+
+def test_weights_of_any_dtype_have_a_fingerprint():
+    layer = torch.nn.Linear(3, 2)
+    assert len({fingerprint(layer), fingerprint(layer.bfloat16()), fingerprint(layer.double())}) == 3
 
 
 def test_what_does_not_fit_is_said(tmp_path):

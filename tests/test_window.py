@@ -146,6 +146,11 @@ def test_what_it_cannot_do_is_said():
         Memory(matrix(), rule=delta_gradient_descent(), gradient_at="token", window=2)
     with pytest.raises(ValueError, match="way='stepped'"):
         Memory(rule=gradient_descent(), read="boundary", way="stepped", window=2)
+    memory = Memory(mlp(), l2(), gradient_descent(), 8, window=2)
+    weights, given = make(memory, 4)
+    pairs = Writes(given[0], given[1], Gates(given[3]), bound=given[3])
+    with pytest.raises(ValueError, match="steps on one pair, not for window=2"):
+        memory.run(memory.begin(weights), pairs)
     with pytest.raises(ValueError, match="window must be at least 1 token, got 0"):
         Memory(window=0)
     with pytest.raises(ValueError, match="window must be 1, got 2"):

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .rule import Additive, Direction, Gates, Gradient, Pairs, State, gradient_descent
+from .rule import Direction, Gates, Gradient, Pairs, State, _passing, _wide, gradient_descent
 
 
 @dataclass(frozen=True, repr=False)
-class oja(Additive):
+class oja(_passing):
     """W <- W - eta e e^T W + (update of `of`): with dot(), whose error e is -v, W + eta v (k - W^T v)^T.
 
     Nested Learning equations 66 and 67, half the loss -2<W k, v> + |W^T v|^2. No attentional bias can say this: the
@@ -23,23 +23,8 @@ class oja(Additive):
         if not isinstance(self.of, Direction):
             raise ValueError(f"oja({self.of!r}): oja wraps a direction, as in oja(momentum())")
 
-    @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]
-        return self.of.needs_inputs
-
-    @property
-    def scales_buffer(self) -> bool:  # type: ignore[override]
-        return self.of.scales_buffer
-
-    def init(self, weight: Tensor) -> State:
-        return self.of.init(weight)
-
-    def anchor(self, state: State) -> State:
-        return self.of.anchor(state)
-
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         if not isinstance(gradient, Pairs):
             raise ValueError(f"{self} needs the error of every token, and was given their sum")
         added, state = self.of.update(weight, gradient, state, gates)
-        step_size = gates.step_size[..., None, None] if isinstance(gates.step_size, Tensor) else gates.step_size
-        return added - step_size * (gradient.error.mT @ (gradient.error @ weight)), state
+        return added - _wide(gates.step_size) * (gradient.error.mT @ (gradient.error @ weight)), state

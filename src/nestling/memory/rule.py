@@ -115,8 +115,31 @@ class surprise(Direction):
         return Plan(write=torch.ones_like(norms.input))
 
 
+class _passing(Additive, abstract=True):
+    """A rule around a direction, whose state is its own."""
+
+    of: Direction
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_inputs
+
+    @property
+    def scales_buffer(self) -> bool:  # type: ignore[override]
+        return self.of.scales_buffer
+
+    def init(self, weight: Tensor) -> State:
+        return self.of.init(weight)
+
+    def anchor(self, state: State) -> State:
+        return self.of.anchor(state)
+
+    def close(self, state: State, end: ChunkEnd) -> State:
+        return self.of.close(state, end)
+
+
 @dataclass(frozen=True, repr=False)
-class _wrapper(Direction, abstract=True):
+class _wrapper(_passing, Direction, abstract=True):
     """A direction around another one, whose state and plan it passes on."""
 
     of: Direction
@@ -130,25 +153,8 @@ class _wrapper(Direction, abstract=True):
         _require(name, self.of, Direction, f"{name} wraps a direction; put keepers and clocks outside of it")
 
     @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]
-        return self.of.needs_inputs
-
-    @property
-    def scales_buffer(self) -> bool:  # type: ignore[override]
-        return self.of.scales_buffer
-
-    @property
     def elementwise(self) -> bool:  # type: ignore[override]
         return self.of.elementwise
-
-    def init(self, weight: Tensor) -> State:
-        return self.of.init(weight)
-
-    def anchor(self, state: State) -> State:
-        return self.of.anchor(state)
-
-    def close(self, state: State, end: ChunkEnd) -> State:
-        return self.of.close(state, end)
 
 
 @dataclass(frozen=True, repr=False)
@@ -308,7 +314,7 @@ class momentum(_wrapper):
 
 
 @dataclass(frozen=True, repr=False)
-class delta_gradient_descent(Additive):
+class delta_gradient_descent(_passing):
     """W <- W - eta' (W x) x^T + (update of `of` with step size eta'), eta' = eta / (1 + eta |x|^2).
 
     Nested Learning equations 56 and 57, with the general |x| that their closed form leaves out; exact for one
@@ -320,19 +326,9 @@ class delta_gradient_descent(Additive):
     of: Direction = gradient_descent()
     needs_inputs = True
 
-    @property
-    def scales_buffer(self) -> bool:  # type: ignore[override]
-        return self.of.scales_buffer
-
     def __post_init__(self) -> None:
         why = "delta_gradient_descent wraps a direction, as in delta_gradient_descent(momentum())"
         _require("delta_gradient_descent", self.of, Direction, why)
-
-    def init(self, weight: Tensor) -> State:
-        return self.of.init(weight)
-
-    def anchor(self, state: State) -> State:
-        return self.of.anchor(state)
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         step_size = bounded(gates.step_size, gradient.squared_norm())
@@ -343,9 +339,6 @@ class delta_gradient_descent(Additive):
         step_size = bounded(gates.step_size, norms.input)
         plan = self.of.plan(gates._replace(step_size=step_size), norms, state, exact)
         return plan._replace(erase=step_size)
-
-    def close(self, state: State, end: ChunkEnd) -> State:
-        return self.of.close(state, end)
 
 
 class RetainState(NamedTuple):

@@ -168,6 +168,8 @@ class Memory:
         """
         if pairs.gates.by_channel:
             self._check_by_channel()
+        if self.window > 1 and pairs.bound is not None:
+            raise ValueError(f"a bound for every token is for steps on one pair, not for window={self.window}")
         ways = {"chunked": self._chunked, "recurrent": self._recurrent, "stepped": self._stepped}
         return ways[self.way](state, pairs, queries)
 
@@ -261,6 +263,8 @@ class Memory:
 
     def transfers(self, state: MemoryState, gates: list[Gates]) -> list[chunks.Transfer | None]:
         """`transfer` of every piece, several of one length at once."""
+        if self.way != "chunked" or self.rule.scales_buffer or any(gate.by_channel for gate in gates):
+            return [None] * len(gates)
         found: list[chunks.Transfer | None] = []
         while len(found) < len(gates):
             some = gates[len(found) : len(found) + SIDE_BY_SIDE]

@@ -292,6 +292,38 @@ class TestEvery:
         for nothing in (state.gradient[ticked], state.inputs[ticked], state.of.buffer[~ticked]):
             assert not nothing.any()
 
+    @pytest.mark.parametrize("period", [0.7, 2.0])
+    def test_finer_samples_of_a_signal_give_one_trajectory(self, period):
+        """dw = -eta/P * integral of (w - sin t) at each tick: the integral of the signal is known."""
+        rule, ticks, eta = every(period, timed=True), 8, 0.6
+        exact, at = 0.3, 0.0
+        for _ in range(ticks):
+            exact -= eta * (exact - (math.cos(at) - math.cos(at + period)) / period)
+            at += period
+        errors = []
+        for samples in (7, 70, 700):  # a period
+            weight = torch.full((1, 1), 0.3, dtype=F64)
+            state, last = rule.init(weight), period / samples
+            for index in range(ticks * samples):
+                signal = math.sin((index + 0.5) * last)
+                weight, state = rule.step(weight, Summed((weight - signal) * last, None, last), state, Gates(eta))
+            assert float(state.elapsed) < 1e-6, "as many ticks as periods"
+            errors.append(abs(float(weight) - exact))
+        assert errors[0] > 50 * errors[1] > 2500 * errors[2], errors
+        assert errors[0] < 0.01
+
+    def test_a_timed_clock_of_whole_samples_is_the_clock_of_tokens(self):
+        weight, gradient = given_pairs(4)
+        total, untimed = Summed(gradient.dense(), None, 1), retain(decay_to_start(), momentum())
+        counted, timed = every(3, untimed), every(3, untimed, timed=True)
+        expected, state = run(counted, weight, total, self.GATES)
+        got, other = run(timed, weight, total, self.GATES)
+        for _ in range(7):
+            expected, state = run(counted, expected, total, self.GATES, state)
+            got, other = run(timed, got, total, self.GATES, other)
+            assert torch.equal(expected, got)
+        assert float(other.elapsed[0, 0]) == float(state.elapsed[0, 0]) == 2
+
     def test_each_period_is_an_anchor(self):
         weight, gradient = given_pairs(2)
         rule = every(2, normalize())
@@ -316,7 +348,8 @@ class TestEvery:
         (lambda: clip(bound=0.0), ["clip: bound must be > 0, got 0.0"]),
         (lambda: clip(retain()), ["clip(", "retain()"]),
         (lambda: every(0), ["period", "got 0"]),
-        (lambda: every(2.5), ["period", "got 2.5"]),
+        (lambda: every(2.5), ["period", "got 2.5", "timed=True"]),
+        (lambda: every(0.0, timed=True), ["timed clock must be > 0, got 0.0"]),
         (lambda: every(math.nan), ["period", "got nan"]),
     ],
 )

@@ -61,11 +61,12 @@ class Pairs(NamedTuple):
 
 
 class Summed(NamedTuple):
-    """A gradient summed over `tokens` tokens; with the inputs' Gram matrix where the rule needs the inputs."""
+    """A gradient summed over `tokens` tokens; with the inputs' Gram matrix where the rule needs the inputs. For a
+    timed clock: integrated over that length of time."""
 
     total: Tensor  # [..., out, in]
     inputs: Tensor | None = None  # [..., in, in]
-    tokens: int = 1
+    tokens: float = 1
 
     def dense(self) -> Tensor:
         return self.total

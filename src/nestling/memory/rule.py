@@ -461,10 +461,13 @@ class retain_first(_keeper):
 
 
 class EveryState(NamedTuple):
-    elapsed: Tensor  # tokens since the last tick, int64 [...]
+    elapsed: Tensor  # since the last tick: tokens, int64 [...]; on a timed clock units of time, float64
     gradient: Tensor  # summed since the last tick [..., out, in]
     inputs: Tensor | None  # Gram matrix since the last tick [..., in, in], where the rule needs it
     of: State
+
+
+_ALMOST = 1 - 1e-9  # of a timed period: durations that add up to it but for rounding
 
 
 @dataclass(frozen=True, repr=False)
@@ -474,14 +477,24 @@ class every(Rule):
 
     A gradient that sums more tokens than are left of a period still makes one step, at the tick, of all that
     was summed. period=inf never steps.
+
+    timed: the period is a length of time, any number > 0, and so is what a gradient says of its `tokens`: how long
+    its sample stands for. With gradients that are integrals over that time (gradient times duration) the finer a
+    signal is sampled, the nearer the steps are to those of the signal itself; samples that last one unit are tokens.
     """
 
     period: float
     of: Rule = gradient_descent()
+    timed: bool = False
 
     def __post_init__(self) -> None:
-        if not self.period >= 1 or (self.period != math.inf and self.period != int(self.period)):
-            raise ValueError(f"every: period must be a whole number of tokens >= 1, or inf, got {self.period}")
+        if self.timed and not self.period > 0:
+            raise ValueError(f"every: the period of a timed clock must be > 0, got {self.period}")
+        if not self.timed and (not self.period >= 1 or (self.period != math.inf and self.period != int(self.period))):
+            raise ValueError(
+                f"every: period must be a whole number of tokens >= 1, or inf, got {self.period}; "
+                "timed=True counts time"
+            )
         if isinstance(self.of, every) or not isinstance(self.of, Rule):
             raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
         if isinstance(self.of, retain_first):
@@ -508,7 +521,8 @@ class every(Rule):
         return self.of.elementwise
 
     def init(self, weight: Tensor) -> State:
-        elapsed = torch.zeros(weight.shape[:-2], dtype=torch.int64, device=weight.device)
+        counts = torch.float64 if self.timed else torch.int64
+        elapsed = torch.zeros(weight.shape[:-2], dtype=counts, device=weight.device)
         square = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
         inputs = square if self.needs_inputs else None
         return EveryState(elapsed, torch.zeros_like(weight), inputs, self.of.init(weight))
@@ -519,14 +533,14 @@ class every(Rule):
         elapsed = state.elapsed + gradient.tokens
         total = state.gradient + gradient.dense()
         inputs = None if state.inputs is None else state.inputs + gradient.gram()
-        tick = elapsed >= self.period
+        tick = elapsed >= self.period * _ALMOST if self.timed else elapsed >= self.period
         if not bool(tick.any()):
             return weight, EveryState(elapsed, total, inputs, state.of)
         gates = gates._replace(step_size=gates.step_size / self.period)
         summed = Summed(total, inputs, tokens=0)
         stepped, inner = self.of.step(weight, summed, self.of.anchor(state.of), gates)
         after = EveryState(
-            elapsed % int(self.period),
+            self._left_over(elapsed),
             torch.zeros_like(total),
             None if inputs is None else torch.zeros_like(inputs),
             inner,
@@ -535,3 +549,9 @@ class every(Rule):
             return stepped, after
         before = EveryState(elapsed, total, inputs, state.of)
         return torch.where(tick[..., None, None], stepped, weight), select(tick, after, before)
+
+    def _left_over(self, elapsed: Tensor) -> Tensor:
+        """What a tick leaves on the clock."""
+        if not self.timed:
+            return elapsed % int(self.period)
+        return (elapsed - (elapsed / self.period + (1 - _ALMOST)).floor() * self.period).clamp(min=0.0)

@@ -2,6 +2,7 @@
 
 from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
 from .evaluation import mean_surprise, surprise_by_position
+from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "begin",
     "level",
     "mean_surprise",
+    "neurons",
+    "spectrum",
     "surprise_by_position",
     "write",
 ]

@@ -1,6 +1,8 @@
 """The continuum memory system (CMS): a chain of MLP blocks that learn at their own periods."""
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +16,48 @@ from nestling.memory.rule import EveryState, Gates, Pairs, Rule, every, gradient
 from nestling.memory.structure import Structure, Weights, mlp, plain
 
 
+class Taps(NamedTuple):
+    """What a level's linear maps received and gave in one forward pass: where its gradient is read off.
+
+    neurons: those of the hidden layer that are this level's, where a block has several levels.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    neurons: slice | None = None
+
+    def pairs(self, errors: Sequence[Tensor]) -> list[Pairs]:
+        """The gradient of every map of the level, from the errors at the outputs: of a group of neurons, the rows
+        of the maps that lead to them and the columns of the map that leads on."""
+        found = [Pairs(e.flatten(0, -2), x.detach().flatten(0, -2)) for e, x in zip(errors, self.inputs, strict=True)]
+        if self.neurons is None:
+            return found
+        *first, last = found
+        mine = [pair._replace(error=pair.error[:, self.neurons]) for pair in first]
+        return [*mine, last._replace(input=last.input[:, self.neurons])]
+
+
 class Level(Part, family=True):
-    """One level of the continuum: a memory, its rule, its period."""
+    """One block of the continuum: a memory, with a rule and a period for all of it, or for each of its parts."""
+
+    structure: Structure
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple["level", ...]:
+        """What learns at a period of its own, fast to slow: the block itself, or groups of its neurons."""
+
+    @abstractmethod
+    def split(self, weights: Weights) -> tuple[Weights, ...]:
+        """The weights of the block's maps as the weights of its levels."""
+
+    @abstractmethod
+    def join(self, levels: Sequence[Weights]) -> Weights:
+        """The weights of the block's maps, from those of its levels."""
+
+    @abstractmethod
+    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+        """Where each level's gradient is read off, given what the block's maps received and gave."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +91,20 @@ class level(Level):
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
     @property
+    def levels(self) -> tuple["level", ...]:
+        return (self,)
+
+    def split(self, weights: Weights) -> tuple[Weights, ...]:
+        return (weights,)
+
+    def join(self, levels: Sequence[Weights]) -> Weights:
+        (weights,) = levels
+        return weights
+
+    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+        return [Taps(inputs, outputs)]
+
+    @property
     def clocked(self) -> every:
         """The whole rule, clock included."""
         return every(self.period, self.rule)
@@ -59,27 +115,27 @@ class level(Level):
         return Gates(self.step_size, self.momentum, kept)
 
 
-class Taps(NamedTuple):
-    """What a level's linear maps received and gave in one forward pass: where its gradient is read off."""
-
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-
-
 class Continuum(nn.Module):
-    """y = x + MLP_k(norm(... x + MLP_1(norm x))): levels in a chain, fast to slow (equation 70, 73).
+    """y = x + MLP_k(norm(... x + MLP_1(norm x))): blocks in a chain, fast to slow (equation 70, 73).
 
     x [b, t, d] -> y [b, t, d]. The weights can be given from outside, one tuple a level: those of a life. Given
     a list, `taps` collects what is needed to compute every level's gradient as pairs.
     """
 
-    def __init__(self, dim: int, levels: tuple[level, ...], generator: torch.Generator | None = None) -> None:
+    def __init__(self, dim: int, chain: tuple[Level, ...], generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.levels = levels
-        self.norms = nn.ParameterList([torch.ones(dim) for _ in levels])
+        self.chain = chain
+        self.norms = nn.ParameterList([torch.ones(dim) for _ in chain])
         self.weights = nn.ModuleList(
-            nn.ParameterList(lvl.structure.init(dim, dim, generator=generator)) for lvl in levels
+            nn.ParameterList(weights)
+            for block in chain
+            for weights in block.split(block.structure.init(dim, dim, generator=generator))
         )
+
+    @property
+    def levels(self) -> tuple[level, ...]:
+        """Every level of every block, in the order of their weights."""
+        return tuple(lvl for block in self.chain for lvl in block.levels)
 
     def level_weights(self) -> tuple[Weights, ...]:
         """The model's own level weights."""
@@ -92,11 +148,12 @@ class Continuum(nn.Module):
         taps: list[Taps] | None = None,
     ) -> Float[Tensor, "b t d"]:
         weights = self.level_weights() if weights is None else weights
-        for lvl, norm, maps in zip(self.levels, self.norms, weights, strict=True):
+        for block, norm in zip(self.chain, self.norms, strict=True):
+            mine, weights = weights[: len(block.levels)], weights[len(block.levels) :]
             normed = F.rms_norm(x, (x.shape[-1],), norm, eps=1e-6)
-            y, inputs, outputs = lvl.structure.forward(plain(maps), normed)
+            y, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
-                taps.append(Taps(inputs, outputs))
+                taps.extend(block.taps(mine, inputs, outputs))
             x = x + y
         return x
 
@@ -119,11 +176,12 @@ def write(levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: lis
     """Every level takes one step of its own clocked rule on the gradient of `loss`, a sum over tokens.
 
     One backward pass serves all levels; what comes out of it are errors at the outputs of linear maps, so that
-    the delta rules have the pairs that they need. Off its clock a level only accumulates.
+    the delta rules have the pairs that they need; groups of neurons share those of their block. Off its clock a level
+    only accumulates.
     """
     awake = [lvl.period != math.inf for lvl in levels]
-    outputs = [output for tap, on in zip(taps, awake, strict=True) if on for output in tap.outputs]
-    errors = iter(torch.autograd.grad(loss, outputs)) if outputs else iter(())
+    outputs = {id(output): output for tap, on in zip(taps, awake, strict=True) if on for output in tap.outputs}
+    errors = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True)) if outputs else {}
     weights, rules = [], []
     with torch.no_grad():
         for lvl, on, maps, rule_states, tap in zip(levels, awake, state.weights, state.rules, taps, strict=True):
@@ -131,7 +189,7 @@ def write(levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: lis
                 weights.append(maps)
                 rules.append(rule_states)
                 continue
-            pairs = (Pairs(next(errors).flatten(0, -2), x.detach().flatten(0, -2)) for x in tap.inputs)
+            pairs = tap.pairs([errors[id(output)] for output in tap.outputs])
             stepped = [
                 lvl.clocked.step(weight, gradient, rule_state, lvl.gates)
                 for weight, gradient, rule_state in zip(maps, pairs, rule_states, strict=True)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling import checks
-from nestling.levels import Reader, level
-from nestling.levels.continuum import LevelsState
+from nestling.levels import LevelsState, Reader, level
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig

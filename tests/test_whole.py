@@ -9,14 +9,21 @@ import torch
 from nestling.levels import Reader, Whole, level
 from nestling.memory import adam, delta_gradient_descent, scale
 from nestling.memory.state import flatten
-from nestling.models import Decoder, ModelConfig, tiny
+from nestling.models import Decoder, ModelConfig, preset
 from nestling.sequence import attention
 from nestling.train import Stream, TrainConfig, Trainer
 
 LENGTH, RATE = 32, 2e-3
 TEXT = bytes(np.random.default_rng(0).choice(np.frombuffer(b"the cat sat on a mat. ", np.uint8), 4096))
 PLAIN = TrainConfig(
-    rows=1, length=LENGTH, learning_rate=RATE, final_rate=1.0, warmup_steps=0, weight_decay=0.0, clip=1e9, reset_share=0.0
+    rows=1,
+    length=LENGTH,
+    learning_rate=RATE,
+    final_rate=1.0,
+    warmup_steps=0,
+    weight_decay=0.0,
+    clip=1e9,
+    reset_share=0.0,
 )
 
 
@@ -43,7 +50,7 @@ def test_learning_everything_is_training_with_one_row() -> None:
 
 def test_from_random_weights_learning_reaches_the_loss_of_training() -> None:
     """With memories too, whose starts training alone moves, and with levels on clocks of their own."""
-    config = tiny(levels=(adamw(32), adamw(64)))
+    config = preset("tiny", levels=(adamw(32), adamw(64)))
     trainer = Trainer(Decoder(config), PLAIN)
     stream = Stream.of([TEXT], rows=1, length=LENGTH)
     trained = np.mean([trainer.run_step(stream).loss for _ in range(120)][-40:])
@@ -70,5 +77,5 @@ def test_split_passes_are_one_pass() -> None:
 
 
 def test_rules_that_need_inputs_are_refused() -> None:
-    with pytest.raises(ValueError, match="delta_gradient_descent.*inputs"):
-        Whole(Decoder(tiny()), level(64, rule=delta_gradient_descent()))
+    with pytest.raises(ValueError, match=r"delta_gradient_descent.*inputs"):
+        Whole(Decoder(preset("tiny")), level(64, rule=delta_gradient_descent()))

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nestling.levels import Reader, level
+from nestling.levels import Level, Reader, level, spectrum
 from nestling.memory import Part, clip, dampen, hold_back, huber_norm, momentum, retain, slow_down, value_shift
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import Mixer, caching
@@ -93,11 +93,17 @@ def small(part: Any) -> Any:
             changes[field.name] = _SMALL[field.name]
         elif isinstance(value, Part):
             changes[field.name] = small(value)
-        elif isinstance(value, tuple) and value and isinstance(value[0], level):
-            periods = [math.inf if lvl.period == math.inf else 4 * 2**i for i, lvl in enumerate(value)]
-            pairs = zip(value, periods, strict=True)
-            changes[field.name] = tuple(dataclasses.replace(small(lvl), period=period) for lvl, period in pairs)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Level):
+            changes[field.name] = tuple(_quick(block, 4 * 2**i) for i, block in enumerate(value))
     return dataclasses.replace(part, **changes)
+
+
+def _quick(block: Level, period: int) -> Level:
+    """A block of the continuum with ticks that come soon."""
+    if isinstance(block, spectrum):
+        return dataclasses.replace(small(block), fastest=period, slowest=2 * period)
+    endless = not isinstance(block, level) or block.period == math.inf
+    return small(block) if endless else dataclasses.replace(small(block), period=period)
 
 
 def variants(part: Any, path: str = "") -> Iterator[Variant]:
@@ -160,9 +166,9 @@ def _unused(part: Any) -> set[str]:
     many cached memories are chosen where all are read."""
     if isinstance(part, caching) and part.read != "sparse":
         return {"top"}
-    if not isinstance(part, level):
+    if not isinstance(part, level | spectrum):
         return set()
-    if part.period == math.inf:
+    if isinstance(part, level) and part.period == math.inf:
         return {"rule", "step_size", "momentum", "retention"}
     parts = list(_parts(part.rule))
     unused = set() if any(isinstance(p, momentum | dampen) for p in parts) else {"momentum"}
@@ -189,7 +195,8 @@ def _paths(part: Any, path: str = "") -> Iterator[str]:
 
 def _twin(item: Any, others: tuple[Any, ...]) -> bool:
     """Is it like one of the others in all but its period?"""
-    return any(isinstance(item, level) and dataclasses.replace(item, period=o.period) == o for o in others)
+    rivals = [other for other in others if isinstance(item, level) and isinstance(other, level)]
+    return any(dataclasses.replace(item, period=other.period) == other for other in rivals)
 
 
 def _build(expression: Any, seed: int, like: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -221,7 +228,7 @@ def _measure(module: nn.Module, *, reading: bool = True) -> list[Tensor]:
     logits = module(tokens[:, :19])[0]
     if not reading:
         return [logits]
-    periods = [int(lvl.period) for lvl in config.levels if lvl.period != math.inf]
+    periods = [int(lvl.period) for lvl in module.levels if lvl.period != math.inf]
     reader = Reader(module)
     _, out = reader.read(reader.begin(), tokens[0, : 2 * max(periods, default=4) + 5])
     return [logits, out.nll]

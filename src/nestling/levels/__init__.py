@@ -1,8 +1,9 @@
 """Levels: memories with their own periods, how they are written while a model reads."""
 
-from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
+from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
 from .evaluation import mean_surprise, surprise_by_position
+from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
 from .transfer import (
     Box,
@@ -17,6 +18,8 @@ from .transfer import (
     reptile,
     run,
 )
+from .whole import Whole
+from .writing import LevelsState, begin, write
 
 __all__ = [
     "Box",
@@ -31,18 +34,24 @@ __all__ = [
     "System",
     "Taps",
     "Transfer",
+    "Whole",
+    "Wiring",
     "backpropagation",
     "begin",
+    "chain",
     "context_generation",
     "describe",
     "direct",
     "direct_context",
     "generation",
+    "heads",
     "initialization",
     "level",
     "mean_surprise",
+    "neurons",
     "reptile",
     "run",
+    "spectrum",
     "surprise_by_position",
     "write",
 ]

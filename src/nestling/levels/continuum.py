@@ -1,8 +1,10 @@
 """The continuum memory system (CMS): a chain of MLP blocks that learn at their own periods."""
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,12 +12,67 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.part import Part
-from nestling.memory.rule import EveryState, Gates, Pairs, Rule, every, gradient_descent
+from nestling.memory.rule import Gates, Gradient, Pairs, Rule, every, gradient_descent
 from nestling.memory.structure import Structure, Weights, mlp, plain
+
+from .transfer import Meta, Transfer, backpropagation, initialization, reptile
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """Where a level's gradient is read off: tensors of the forward pass at which an error is needed, and what their
+    errors say of every map of the level."""
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]: ...
+
+    def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> Sequence[Gradient]: ...
+
+
+class Taps(NamedTuple):
+    """What a level's linear maps received and gave in one forward pass: where its gradient is read off.
+
+    neurons: those of the hidden layer that are this level's, where a block has several levels.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    neurons: slice | None = None
+
+    def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> list[Pairs]:
+        """The gradient of every map of the level, from the errors at the outputs [b, t, out]: of a group of neurons,
+        the rows of the maps that lead to them and the columns of the map that leads on. rows: of each row b of a
+        batch for itself, else of all of them together."""
+        last = 1 if rows else 0
+        found = [Pairs(e.flatten(last, -2), x.flatten(last, -2)) for e, x in zip(errors, self.inputs, strict=True)]
+        if self.neurons is None:
+            return found
+        *first, onward = found
+        mine = [pair._replace(error=pair.error[..., self.neurons]) for pair in first]
+        return [*mine, onward._replace(input=onward.input[..., self.neurons])]
 
 
 class Level(Part, family=True):
-    """One level of the continuum: a memory, its rule, its period."""
+    """One block of the continuum: a memory, with a rule and a period for all of it, or for each of its parts."""
+
+    structure: Structure
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple["level", ...]:
+        """What learns at a period of its own, fast to slow: the block itself, or groups of its neurons."""
+
+    @abstractmethod
+    def split(self, weights: Weights) -> tuple[Weights, ...]:
+        """The weights of the block's maps as the weights of its levels."""
+
+    @abstractmethod
+    def join(self, levels: Sequence[Weights]) -> Weights:
+        """The weights of the block's maps, from those of its levels."""
+
+    @abstractmethod
+    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+        """Where each level's gradient is read off, given what the block's maps received and gave."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,6 +83,10 @@ class level(Level):
     next-token loss summed over the period (equation 71). period=inf: never, in life; pre-training moves it all
     the same. momentum and retention are the fractions that the rule's parts of that name use, if it has them;
     retention is per tick.
+
+    transfer: how it is wired to the next slower level. backpropagation(): one gradient reaches both, and each goes on
+    from where it is. initialization(order=1) or reptile(): the nested continuum (equation 72); the slower level holds
+    what this one starts from and learns it at its own ticks, where this level starts again from there.
     """
 
     period: float  # tokens
@@ -34,6 +95,7 @@ class level(Level):
     step_size: float = 0.3
     momentum: float = 0.9
     retention: float = 1.0
+    transfer: Transfer = backpropagation()
 
     def __post_init__(self) -> None:
         if not self.period >= 1 or (self.period != math.inf and self.period != int(self.period)):
@@ -42,11 +104,35 @@ class level(Level):
             raise ValueError(f"rule {self.rule!r}: a level has its own clock; give the rule without every()")
         if self.rule.exposes:
             raise ValueError(f"rule {self.rule!r} steps an accumulator; a level's weights are its own")
+        if self.transfer not in (backpropagation(), initialization(order=1), reptile()):
+            raise ValueError(
+                f"transfer: a level learns by backpropagation(), and may start again by initialization(order=1) or "
+                f"reptile(), got {self.transfer!r}; second order is a matter of pre-training (InContext)"
+            )
         if not self.step_size >= 0:
             raise ValueError(f"step_size must be >= 0, got {self.step_size}")
         for name in ("momentum", "retention"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def levels(self) -> tuple["level", ...]:
+        return (self,)
+
+    def split(self, weights: Weights) -> tuple[Weights, ...]:
+        return (weights,)
+
+    def join(self, levels: Sequence[Weights]) -> Weights:
+        (weights,) = levels
+        return weights
+
+    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+        return [Taps(inputs, outputs)]
+
+    @property
+    def restarts(self) -> bool:
+        """Does it start again from what the next slower level learned for it?"""
+        return isinstance(self.transfer, Meta)
 
     @property
     def clocked(self) -> every:
@@ -59,27 +145,51 @@ class level(Level):
         return Gates(self.step_size, self.momentum, kept)
 
 
-class Taps(NamedTuple):
-    """What a level's linear maps received and gave in one forward pass: where its gradient is read off."""
+class Wiring(Part, family=True):
+    """How the blocks of a continuum are joined."""
 
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+
+@dataclass(frozen=True, repr=False)
+class chain(Wiring):
+    """One after the other, fast to slow: x <- x + MLP(norm x) (equations 70 and 73)."""
+
+
+@dataclass(frozen=True, repr=False)
+class heads(Wiring):
+    """Side by side, each with the same input: y = x + sum_k a_k MLP_k(norm_k x), a learned at the lowest frequency
+    from 1 / blocks on (equation 74)."""
 
 
 class Continuum(nn.Module):
-    """y = x + MLP_k(norm(... x + MLP_1(norm x))): levels in a chain, fast to slow (equation 70, 73).
+    """Blocks that learn at their own periods, in a chain (Hope's) or side by side.
 
     x [b, t, d] -> y [b, t, d]. The weights can be given from outside, one tuple a level: those of a life. Given
     a list, `taps` collects what is needed to compute every level's gradient as pairs.
     """
 
-    def __init__(self, dim: int, levels: tuple[level, ...], generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        blocks: tuple[Level, ...],
+        generator: torch.Generator | None = None,
+        wiring: Wiring = chain(),
+    ) -> None:
         super().__init__()
-        self.levels = levels
-        self.norms = nn.ParameterList([torch.ones(dim) for _ in levels])
+        self.blocks, self.wiring = blocks, wiring
+        self.norms = nn.ParameterList([torch.ones(dim) for _ in blocks])
+        self.shares = nn.Parameter(torch.full((len(blocks),), 1 / len(blocks))) if wiring == heads() else None
         self.weights = nn.ModuleList(
-            nn.ParameterList(lvl.structure.init(dim, dim, generator=generator)) for lvl in levels
+            nn.ParameterList(weights)
+            for block in blocks
+            for weights in block.split(block.structure.init(dim, dim, generator=generator))
         )
+        if self.levels[-1].restarts:
+            raise ValueError(f"{self.levels[-1]!r} is the slowest level: there is none that learns a start for it")
+
+    @property
+    def levels(self) -> tuple[level, ...]:
+        """Every level of every block, in the order of their weights."""
+        return tuple(lvl for block in self.blocks for lvl in block.levels)
 
     def level_weights(self) -> tuple[Weights, ...]:
         """The model's own level weights."""
@@ -92,50 +202,13 @@ class Continuum(nn.Module):
         taps: list[Taps] | None = None,
     ) -> Float[Tensor, "b t d"]:
         weights = self.level_weights() if weights is None else weights
-        for lvl, norm, maps in zip(self.levels, self.norms, weights, strict=True):
-            normed = F.rms_norm(x, (x.shape[-1],), norm, eps=1e-6)
-            y, inputs, outputs = lvl.structure.forward(plain(maps), normed)
+        shares = [1.0] * len(self.blocks) if self.shares is None else self.shares
+        given, y = x, x
+        for block, norm, share in zip(self.blocks, self.norms, shares, strict=True):
+            mine, weights = weights[: len(block.levels)], weights[len(block.levels) :]
+            normed = F.rms_norm(y if self.shares is None else given, (x.shape[-1],), norm, eps=1e-6)
+            read, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
-                taps.append(Taps(inputs, outputs))
-            x = x + y
-        return x
-
-
-class LevelsState(NamedTuple):
-    """All levels of a model in a life: per level (block by block, fast to slow) its weights and its rule's
-    states, one for each linear map."""
-
-    weights: tuple[Weights, ...]
-    rules: tuple[tuple[EveryState, ...], ...]
-
-
-def begin(levels: tuple[level, ...], weights: tuple[Weights, ...]) -> LevelsState:
-    """The levels at the start of a life, from the model's weights: clocks at zero, nothing accumulated."""
-    rules = tuple(tuple(lvl.clocked.init(weight) for weight in maps) for lvl, maps in zip(levels, weights, strict=True))
-    return LevelsState(tuple(tuple(w.detach() for w in maps) for maps in weights), rules)
-
-
-def write(levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: list[Taps]) -> LevelsState:
-    """Every level takes one step of its own clocked rule on the gradient of `loss`, a sum over tokens.
-
-    One backward pass serves all levels; what comes out of it are errors at the outputs of linear maps, so that
-    the delta rules have the pairs that they need. Off its clock a level only accumulates.
-    """
-    awake = [lvl.period != math.inf for lvl in levels]
-    outputs = [output for tap, on in zip(taps, awake, strict=True) if on for output in tap.outputs]
-    errors = iter(torch.autograd.grad(loss, outputs)) if outputs else iter(())
-    weights, rules = [], []
-    with torch.no_grad():
-        for lvl, on, maps, rule_states, tap in zip(levels, awake, state.weights, state.rules, taps, strict=True):
-            if not on:
-                weights.append(maps)
-                rules.append(rule_states)
-                continue
-            pairs = (Pairs(next(errors).flatten(0, -2), x.detach().flatten(0, -2)) for x in tap.inputs)
-            stepped = [
-                lvl.clocked.step(weight, gradient, rule_state, lvl.gates)
-                for weight, gradient, rule_state in zip(maps, pairs, rule_states, strict=True)
-            ]
-            weights.append(tuple(weight for weight, _ in stepped))
-            rules.append(tuple(rule_state for _, rule_state in stepped))
-    return LevelsState(tuple(weights), tuple(rules))
+                taps.extend(block.taps(mine, inputs, outputs))
+            y = y + (read if self.shares is None else read * share)
+        return y

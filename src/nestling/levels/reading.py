@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from nestling.memory.state import detach
 from nestling.memory.structure import Weights
 
-from .continuum import LevelsState, Taps, begin, level, write
+from .continuum import Taps, level
+from .writing import LevelsState, begin, write
 
 
 @runtime_checkable

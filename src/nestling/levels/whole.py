@@ -18,7 +18,7 @@ class DenseTaps(NamedTuple):
     outputs: tuple[Tensor, ...]
     tokens: int
 
-    def pairs(self, errors: Sequence[Tensor]) -> list[Summed]:
+    def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> list[Summed]:
         """The gradient of every weight, summed over the tokens."""
         return [Summed(error, None, self.tokens) for error in errors]
 

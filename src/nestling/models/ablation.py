@@ -31,7 +31,7 @@ def table_6(base: ModelConfig = ModelConfig()) -> dict[str, ModelConfig]:
         raise ValueError(f"table_6 takes self_modifying(...) apart, but the mixer is {mixer}")
     whole = replace(mixer, rule=RULES["hope"], generators=PROJECTIONS)
     rows = {name: replace(base, mixer=replace(whole, rule=rule)) for name, rule in RULES.items()}
-    rows["no continuum"] = replace(base, mixer=whole, levels=(replace(base.levels[0], period=inf),))
+    rows["no continuum"] = replace(base, mixer=whole, levels=(replace(base.levels[0].levels[0], period=inf),))
     for name in ("key", "value", "query"):
         rest = tuple(other for other in PROJECTIONS if other != name)
         rows[f"no adaptive {name}"] = replace(base, mixer=replace(whole, generators=rest))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nestling.levels.continuum import level
+from nestling.levels.continuum import Level, Wiring, chain, level
 from nestling.memory import known
 from nestling.sequence import Mixer, self_modifying
 
@@ -17,11 +17,12 @@ class ModelConfig:
     heads: int = 4
     blocks: int = 2
     mixer: Mixer = self_modifying()
-    levels: tuple[level, ...] = (  # fast to slow
+    levels: tuple[Level, ...] = (  # a chain, fast to slow
         level(128, step_size=0.5),
         level(512, step_size=1.0),
         level(2048, step_size=2.0),
     )
+    wiring: Wiring = chain()  # of the levels in a block
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "dim", "heads", "blocks"):
@@ -31,7 +32,7 @@ class ModelConfig:
             raise ValueError(f"dim must be a multiple of heads = {self.heads}, got {self.dim}")
         if not self.levels:
             raise ValueError("levels must name at least one level, such as level(inf)")
-        periods = [lvl.period for lvl in self.levels]
+        periods = [block.levels[0].period for block in self.levels]
         if periods != sorted(periods):
             raise ValueError(f"levels must be listed fast to slow, got periods {periods}")
 

@@ -22,7 +22,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.mixer = config.mixer.build(config.dim, config.heads, generator)
-        self.continuum = Continuum(config.dim, config.levels, generator)
+        self.continuum = Continuum(config.dim, config.levels, generator, config.wiring)
 
     def forward(
         self,
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
     @property
     def levels(self) -> tuple[level, ...]:
         """Every level of every block, in the order of their weights in a life."""
-        return tuple(lvl for _ in self.blocks for lvl in self.config.levels)
+        return tuple(lvl for block in self.blocks for lvl in block.continuum.levels)  # type: ignore[union-attr]
 
     def level_weights(self) -> tuple[Weights, ...]:
         return tuple(maps for block in self.blocks for maps in block.continuum.level_weights())  # type: ignore[union-attr, operator]
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Tensor, "b t v"], ModelState]:
         state = self.init_state(tokens.shape[0]) if state is None else state
         x = F.embedding(tokens, self.embedding) / _EMBEDDING_SCALE
-        after, count = [], len(self.config.levels)
+        after, count = [], len(self.levels) // len(self.blocks)
         for index, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
             own = None if weights is None else weights[index * count : (index + 1) * count]
             x, block_state = block(x, before, own, taps, reset, valid)

@@ -144,13 +144,14 @@ def demo_bodies(config: DemoConfig) -> dict[str, Body]:
 
 def arm_config(config: ModelConfig, arm: str) -> ModelConfig:
     """The model of an arm: the same weights, other clocks."""
-    fastest = config.levels[0].period
+    levels = [block for block in config.levels if isinstance(block, level)]
+    if len(levels) < len(config.levels):
+        raise ValueError(f"the demo changes the clocks of blocks that are one level each, got {config.levels}")
+    fastest = levels[0].period
     if arm == "fastest":
-        return replace(config, levels=tuple(replace(lvl, period=fastest) for lvl in config.levels))
+        return replace(config, levels=tuple(replace(lvl, period=fastest) for lvl in levels))
     if arm == "matched":
-        matched = (
-            replace(lvl, period=fastest, step_size=lvl.step_size * fastest / lvl.period) for lvl in config.levels
-        )
+        matched = (replace(lvl, period=fastest, step_size=lvl.step_size * fastest / lvl.period) for lvl in levels)
         return replace(config, levels=tuple(matched))
     return config
 
@@ -309,8 +310,8 @@ def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, q
         "held_out": held_out,
         "prequential": prequential,
         "curve": curve,
-        "moved": _by_level(moved, len(model.config.levels)),
-        "level_names": [f"{lvl.period:,.0f} tokens" for lvl in model.config.levels],
+        "moved": _by_level(moved, len(model.levels) // config.model.blocks),
+        "level_names": [f"{lvl.period:,.0f} tokens" for block in model.config.levels for lvl in block.levels],
         "peak_bytes": peak_bytes(),
     }
 

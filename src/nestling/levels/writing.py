@@ -1,0 +1,121 @@
+"""Writing: every level takes a step of its own clocked rule on the gradient of what was read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.rule import EveryState, Gradient, Summed
+from nestling.memory.structure import Weights
+
+from .continuum import Tap, level
+from .transfer import reptile
+
+Rules = tuple[EveryState, ...]
+
+
+class Start(NamedTuple):
+    """What a level starts again from: weights that the next slower level holds for it, with that level's clock."""
+
+    weights: Weights
+    rules: Rules
+
+
+class LevelsState(NamedTuple):
+    """All levels of a model in a life: per level (block by block, fast to slow) its weights and its rule's
+    states, one for each linear map; and for one that starts again, from where."""
+
+    weights: tuple[Weights, ...]
+    rules: tuple[Rules, ...]
+    starts: tuple[Start | None, ...] = ()
+
+
+def begin(levels: tuple[level, ...], weights: tuple[Weights, ...]) -> LevelsState:
+    """The levels at the start of a life, from the model's weights: clocks at zero, nothing accumulated."""
+    own = tuple(tuple(w.detach() for w in maps) for maps in weights)
+    rules = tuple(_fresh(lvl, maps) for lvl, maps in zip(levels, own, strict=True))
+    starts = tuple(
+        Start(maps, _fresh(levels[i + 1], maps)) if lvl.restarts else None
+        for i, (lvl, maps) in enumerate(zip(levels, own, strict=True))
+    )
+    return LevelsState(own, rules, starts)
+
+
+def _fresh(lvl: level, maps: Weights) -> Rules:
+    return tuple(lvl.clocked.init(weight) for weight in maps)
+
+
+def write(levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: Sequence[Tap]) -> LevelsState:
+    """Every level takes one step of its own clocked rule on the gradient of `loss`, a sum over tokens.
+
+    One backward pass serves all levels; what comes out of it are errors at the outputs of linear maps, so that
+    the delta rules have the pairs that they need; groups of neurons share those of their block. Off its clock a level
+    only accumulates.
+    """
+    outputs = tapped(levels, taps)
+    found = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
+    with torch.no_grad():
+        return step(levels, state, errors_of(outputs, found), taps)
+
+
+def tapped(levels: tuple[level, ...], taps: Sequence[Tap]) -> list[Tensor]:
+    """The outputs at which errors are needed: each once, of the levels that learn."""
+    awake = (tap for tap, lvl in zip(taps, levels, strict=True) if lvl.period != math.inf)
+    return list({id(output): output for tap in awake for output in tap.outputs}.values())
+
+
+def errors_of(outputs: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The errors by the outputs that they are of."""
+    return {id(output): error for output, error in zip(outputs, errors, strict=True)}
+
+
+def step(
+    levels: tuple[level, ...],
+    state: LevelsState,
+    errors: Mapping[int, Tensor],
+    taps: Sequence[Tap],
+    *,
+    rows: bool = False,
+) -> LevelsState:
+    """The levels after one step of every clocked rule; `rows`: weights [b, out, in], a row of the batch each.
+
+    A level that starts again does so after its own step, where the clock of the next slower one ticks.
+    """
+    weights, rules, starts = list(state.weights), list(state.rules), list(state.starts)
+    for i, (lvl, tap) in enumerate(zip(levels, taps, strict=True)):
+        if lvl.period == math.inf:
+            continue
+        pairs = tap.pairs([errors[id(output)] for output in tap.outputs], rows)
+        weights[i], rules[i] = _stepped(lvl, weights[i], pairs, rules[i])
+        start = starts[i] if starts else None
+        if start is not None and levels[i + 1].period != math.inf:
+            starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], pairs)
+            if ticked:
+                weights[i] = starts[i].weights  # type: ignore[union-attr]
+                fresh = zip(_fresh(lvl, weights[i]), rules[i], strict=True)
+                rules[i] = tuple(new._replace(elapsed=old.elapsed) for new, old in fresh)
+    return LevelsState(tuple(weights), tuple(rules), tuple(starts))
+
+
+def _stepped(lvl: level, maps: Weights, gradients: Sequence[Gradient], rules: Rules) -> tuple[Weights, Rules]:
+    after = [
+        lvl.clocked.step(weight, gradient, rule, lvl.gates)
+        for weight, gradient, rule in zip(maps, gradients, rules, strict=True)
+    ]
+    return tuple(weight for weight, _ in after), tuple(rule for _, rule in after)
+
+
+def _learn_start(
+    fast: level, slow: level, start: Start, learned: Weights, pairs: Sequence[Gradient]
+) -> tuple[Start, bool]:
+    """One step of the slower level on what the fast one starts from, and whether its clock ticked: on the gradients
+    at the fast weights, or (Reptile) toward where they have come."""
+    ticked = bool((start.rules[0].elapsed + pairs[0].tokens >= slow.period).any())
+    if isinstance(fast.transfer, reptile):
+        share = slow.period if ticked else 0.0  # the clock divides by it
+        toward = zip(start.weights, learned, pairs, strict=True)
+        pairs = [Summed((old - new) * share, None, pair.tokens) for old, new, pair in toward]
+    weights, rules = _stepped(slow, start.weights, pairs, start.rules)
+    return Start(weights, rules), ticked

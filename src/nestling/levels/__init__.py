@@ -3,6 +3,7 @@
 from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
 from .evaluation import mean_surprise, surprise_by_position
+from .in_context import InContext, InContextState
 from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
 from .transfer import (
@@ -25,6 +26,8 @@ __all__ = [
     "Box",
     "Context",
     "Continuum",
+    "InContext",
+    "InContextState",
     "Level",
     "LevelsState",
     "ReadOut",

@@ -115,7 +115,9 @@ def _learn_start(
     ticked = bool((start.rules[0].elapsed + pairs[0].tokens >= slow.period).any())
     if isinstance(fast.transfer, reptile):
         share = slow.period if ticked else 0.0  # the clock divides by it
-        toward = zip(start.weights, learned, pairs, strict=True)
-        pairs = [Summed((old - new) * share, None, pair.tokens) for old, new, pair in toward]
+        pairs = [
+            Summed((old - new) * share, pair.gram() if slow.rule.needs_inputs else None, pair.tokens)
+            for old, new, pair in zip(start.weights, learned, pairs, strict=True)
+        ]
     weights, rules = _stepped(slow, start.weights, pairs, start.rules)
     return Start(weights, rules), ticked

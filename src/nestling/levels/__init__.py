@@ -3,6 +3,7 @@
 from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
 from .evaluation import mean_surprise, surprise_by_position
+from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
 from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
@@ -30,6 +31,7 @@ __all__ = [
     "InContextState",
     "Level",
     "LevelsState",
+    "Moments",
     "ReadOut",
     "Reader",
     "ReadingState",
@@ -47,10 +49,12 @@ __all__ = [
     "direct",
     "direct_context",
     "generation",
+    "hand_over",
     "heads",
     "initialization",
     "level",
     "mean_surprise",
+    "moments_of",
     "neurons",
     "reptile",
     "run",

@@ -54,7 +54,19 @@ def tiny(**changes: Any) -> ModelConfig:
     return replace(ModelConfig(dim=32, heads=2, blocks=1, mixer=mixer, levels=levels), **changes)
 
 
-PRESETS = {"hope": hope, "small": small, "tiny": tiny}
+def twin(**changes: Any) -> ModelConfig:
+    """Hope with memories from one token to a life's length: levels at 1, 128, 2,048 and 100,000 tokens. The fastest
+    one learns token by token, so that reading with learning is a backward pass a token."""
+    levels = (
+        level(1, step_size=0.05),
+        level(128, step_size=0.5),
+        level(2048, step_size=2.0),
+        level(100_000, step_size=4.0),
+    )
+    return replace(ModelConfig(levels=levels), **changes)
+
+
+PRESETS = {"hope": hope, "small": small, "tiny": tiny, "twin": twin}
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:

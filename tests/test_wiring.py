@@ -118,8 +118,10 @@ def test_a_start_that_never_moves_only_forgets() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    with pytest.raises(ValueError, match=r"level\(48.*slowest level: there is none that learns a start"):
+    with pytest.raises(ValueError, match=r"level\(48.*no slower level that learns a start"):
         build(level(16), level(48, transfer=reptile()))
+    with pytest.raises(ValueError, match="no slower level"):
+        build(level(16, transfer=reptile()), level(float("inf")))
     with pytest.raises(ValueError, match=r"got initialization\(\); second order"):
         level(16, transfer=initialization())
     assert level(16) == level(16, rule=gradient_descent(), transfer=backpropagation())

@@ -68,7 +68,7 @@ class Run:
 
 
 Flat = tyro.conf.OmitArgPrefixes
-Presets = Literal["hope", "small", "tiny"]
+Presets = Literal["hope", "small", "tiny", "twin"]
 
 
 def progress() -> Progress:

@@ -183,8 +183,10 @@ class Continuum(nn.Module):
             for block in blocks
             for weights in block.split(block.structure.init(dim, dim, generator=generator))
         )
-        if self.levels[-1].restarts:
-            raise ValueError(f"{self.levels[-1]!r} is the slowest level: there is none that learns a start for it")
+        slower = (*self.levels[1:], None)
+        for lvl, teacher in zip(self.levels, slower, strict=True):
+            if lvl.restarts and (teacher is None or teacher.period == math.inf):
+                raise ValueError(f"{lvl!r}: there is no slower level that learns a start for it")
 
     @property
     def levels(self) -> tuple[level, ...]:

@@ -90,7 +90,7 @@ def step(
         pairs = tap.pairs([errors[id(output)] for output in tap.outputs], rows)
         weights[i], rules[i] = _stepped(lvl, weights[i], pairs, rules[i])
         start = starts[i] if starts else None
-        if start is not None and levels[i + 1].period != math.inf:
+        if start is not None:
             starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], pairs)
             if ticked:
                 weights[i] = starts[i].weights  # type: ignore[union-attr]

@@ -192,7 +192,7 @@ def test_l2_with_gradient_descent_reads_back_exactly(seed):
 WITH_ARGUMENTS = {"every": every(3), "scale": scale(momentum(surprise()))}
 WITHOUT_STEP_SIZE = {
     *("surprise", "ridge", "ascent", "nesterov", "hold_back", "slow_down", "average", "adagrad", "rmsprop", "adam"),
-    *("newton_schulz", "match_spectrum", "match_rms", "unit_rms", "full_matrix_adagrad"),
+    *("newton_schulz", "match_spectrum", "match_rms", "unit_rms", "full_matrix_adagrad", "lift"),
 }
 RULES = [WITH_ARGUMENTS.get(name) or rule() for name, rule in Rule.variants.items()] + [
     retain(decay(), delta_gradient_descent(momentum(normalize()))),

@@ -32,6 +32,7 @@ class Rule(Part, family=True):
     """How one linear map learns. Pure: nothing given is changed in place."""
 
     needs_inputs: bool = False  # of a map's inputs, more than the gradient
+    needs_pairs: bool = False  # every pair of error and input, more than their sum
     scales_buffer: bool = False  # a step size outside of a momentum
     exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
     elementwise: bool = False  # no entry of a weight looks at another: it may be cut and joined at will
@@ -123,6 +124,10 @@ class _passing(Additive, abstract=True):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return self.of.needs_inputs
+
+    @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_pairs
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
@@ -363,6 +368,10 @@ class _keeper(Additive, abstract=True):
         return self.of.needs_inputs
 
     @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_pairs
+
+    @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.scales_buffer
 
@@ -486,6 +495,8 @@ class every(Rule):
             raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
         if isinstance(self.of, retain_first):
             raise ValueError(f"every({self.period}, {self.of!r}): a sum of gradients is not taken at decayed weights")
+        if self.of.needs_pairs:
+            raise ValueError(f"every({self.period}, {self.of!r}): a clock keeps the sum of a period, and not its pairs")
         if self.of.reopens:
             raise ValueError(f"every({self.period}, {self.of!r}): a clock's steps have no chunks; use each='write'")
 

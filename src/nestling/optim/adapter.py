@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.rule import Gates, Rule, Summed, retain_first
+from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
@@ -17,10 +18,16 @@ launches do not count."""
 
 
 class Captured(NamedTuple):
-    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows."""
+    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows; where a rule
+    needs them, the pairs themselves, errors at the output [n, out] and inputs [n, in]."""
 
     gram: Tensor
     rows: int
+    errors: tuple[Tensor, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+
+
+_NOTHING = Captured(0.0, 0)  # type: ignore[arg-type]
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -109,22 +116,32 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
-        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step."""
+        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step; for rules
+        that need every pair it keeps the inputs, and the errors that backward() brings to the outputs."""
+        pairs = any(self.express(group)[0].needs_pairs for group in self.param_groups)
 
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            gram, rows = self.captured.get(weight, (0.0, 0))
-            self.captured[weight] = Captured(gram + x.mT @ x, rows + x.shape[0])
+            if not pairs:
+                seen = self.captured.get(weight, _NOTHING)
+                self.captured[weight] = Captured(seen.gram + x.mT @ x, seen.rows + x.shape[0])
+            elif output.requires_grad:
+                output.register_hook(partial(self._pair, weight, x))
 
         linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        hooks = [layer.register_forward_pre_hook(note) for layer in linears]
+        hooks = [layer.register_forward_hook(note) for layer in linears]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _pair(self, weight: Tensor, x: Tensor, error: Tensor) -> None:
+        seen = self.captured.get(weight, _NOTHING)
+        errors = (*seen.errors, error.detach().reshape(-1, error.shape[-1]))
+        self.captured[weight] = Captured(seen.gram, seen.rows + x.shape[0], errors, (*seen.inputs, x))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -165,7 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         alike: dict[Any, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                known = not rule.needs_inputs or parameter in self.captured
+                known = not (rule.needs_inputs or rule.needs_pairs) or parameter in self.captured
                 key = (parameter.shape, parameter.dtype, parameter.device, known)
                 alike.setdefault(key, []).append(parameter)
         for (*_, device, known), members in alike.items():
@@ -209,10 +226,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             kept[name] = own.view(parameter.shape) if own.shape == weight.shape else own
         self.state[parameter] = kept
 
-    def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Summed:
+    def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Gradient:
         assert parameter.grad is not None
         total = parameter.grad.reshape(weight.shape).to(weight.dtype)
         known = self.captured.get(parameter)
+        if known is not None and known.errors:
+            return Pairs(*(torch.cat(rows).to(weight.dtype) for rows in (known.errors, known.inputs)))
         return Summed(total, None if known is None else self.gram(group, known), group["tokens"])
 
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
@@ -226,7 +245,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             stepped, state = rule.step(weights[0], gradients[0], rule.anchor(states[0]), gates)
             after, left = [stepped], [state]
         else:
-            gradient = _stack(gradients)._replace(tokens=group["tokens"])
+            gradient = _stack(gradients)
+            if isinstance(gradient, Summed):
+                gradient = gradient._replace(tokens=group["tokens"])
             stepped, state = rule.step(torch.stack(weights), gradient, rule.anchor(_stack(states)), gates)
             after, left = list(stepped.unbind(0)), _unstack(state, len(members))
         for parameter, weight, new, kept in zip(members, weights, after, left, strict=True):
@@ -237,7 +258,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """One large parameter, as a row that is cut in pieces, in place."""
         row = parameter.reshape(1, -1)
         state = rule.anchor(self._start(rule, row, parameter))
-        totals = self._gradient(parameter, row, group).total.split(size, 1)
+        totals = self._gradient(parameter, row, group).dense().split(size, 1)
         cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
         after = state
         for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):

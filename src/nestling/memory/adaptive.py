@@ -33,7 +33,7 @@ def _counter(weight: Tensor) -> Tensor:
 def _correction(beta: float, count: Tensor, like: Tensor) -> Tensor | float:
     """1 / (1 - beta^t) [..., 1, 1]: the inverse of how far a decaying average is filled after t steps; in float64,
     since 1 - 0.999 has three digits left in float32. One count on a CPU is a number, for speed."""
-    if count.dim() == 0 and count.device.type == "cpu":
+    if count.dim() == 0 and count.device.type == "cpu" and not torch.compiler.is_compiling():
         return 1.0 / (1.0 - beta ** int(count))
     return (1.0 - torch.pow(beta, count.double())).reciprocal().to(like.dtype)[..., None, None]
 

@@ -83,13 +83,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         self.captured: dict[Tensor, Captured] = {}
         self.forms: dict[Any, Any] = {}
+        self.compiled: dict[Rule, Callable[..., tuple[Tensor, Any]]] = {}
         self.skipped = 0
         defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name in ("rule", "skipped")}
-        return super().__getstate__() | own | {"captured": {}, "forms": {}}
+        return super().__getstate__() | own | {"captured": {}, "forms": {}, "compiled": {}}
 
     def express(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
         """The rule of a group, and its gates at this step."""
@@ -144,10 +145,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         errors = (*seen.errors, error.detach().reshape(-1, error.shape[-1]))
         self.captured[weight] = Captured(seen.gram, seen.rows + x.shape[0], errors, (*seen.inputs, x))
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given."""
-        loss = None
+        """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given. Under
+        torch.compile the rule is compiled, and the bookkeeping around it is not."""
+        return self._step(closure, torch.compiler.is_compiling())
+
+    @torch._disable_dynamo  # as torch.compiler.disable, but without importing the compiler here
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        loss, self.compiling = None, compiling
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -204,6 +210,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for first in range(0, len(members), each):
                     self._step_stack(own, members[first : first + each], gates, group)
 
+    def _compiled(self, rule: Rule) -> Callable[..., tuple[Tensor, Any]]:
+        """The rule's step, compiled where the step of the optimizer is."""
+        if not self.compiling:
+            return rule.step
+        if rule not in self.compiled:
+            self.compiled[rule] = torch.compile(rule.step, dynamic=False)
+        return self.compiled[rule]
+
     def _start(self, rule: Rule, weight: Tensor, parameter: Tensor) -> Any:
         """The rule's state for one parameter seen as `weight`, begun or as it was left."""
         stored = self.state[parameter]
@@ -250,13 +264,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
         gradients = [self._gradient(p, weight, group) for weight, p in zip(weights, members, strict=True)]
         if len(members) == 1:
-            stepped, state = rule.step(weights[0], gradients[0], rule.anchor(states[0]), gates)
+            stepped, state = self._compiled(rule)(weights[0], gradients[0], rule.anchor(states[0]), gates)
             after, left = [stepped], [state]
         else:
             gradient = _stack(gradients)
             if isinstance(gradient, Summed):
                 gradient = gradient._replace(tokens=group["tokens"])
-            stepped, state = rule.step(torch.stack(weights), gradient, rule.anchor(_stack(states)), gates)
+            before = rule.anchor(_stack(states))
+            stepped, state = self._compiled(rule)(torch.stack(weights), gradient, before, gates)
             after, left = list(stepped.unbind(0)), _unstack(state, len(members))
         for parameter, part, weight, new, kept in zip(members, parts, weights, after, left, strict=True):
             self._keep(parameter, weight, kept)
@@ -275,7 +290,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradient = Summed(total.view_as(columns), dealing.share(grams) if known else None, group["tokens"])
         state = self._dealt_state(rule, members, columns, dealing)
         if len(columns):
-            columns, state = rule.step(columns, gradient, rule.anchor(state), gates)
+            columns, state = self._compiled(rule)(columns, gradient, rule.anchor(state), gates)
         for parameter, part in zip(members, dealing.parts(columns.view_as(weights)), strict=True):
             local(parameter).copy_(part)
             self.state[parameter] = {}
@@ -306,11 +321,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         state = rule.anchor(self._start(rule, row, parameter))
         totals = self._gradient(parameter, row, group).dense().split(size, 1)
         cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
-        after = state
+        after, step = state, self._compiled(rule)
         for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
             rest = iter(before)
             piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
-            stepped, after = rule.step(weight, Summed(total, None, group["tokens"]), piece, gates)
+            stepped, after = step(weight, Summed(total, None, group["tokens"]), piece, gates)
             for old, new in zip(before, _leaves(after), strict=True):
                 if new.dim() == 2:
                     old.copy_(new)

@@ -155,11 +155,13 @@ class delta_momentum(Direction):
     """S <- S (momentum I - step_size g^T g) - step_size g; update = S: Nested Learning equation 49 with P = I, the
     side and the step size as the derivative of |S g^T + I|^2 / 2 has them.
 
-    Grows without bound where step_size |g|^2 > 1 + momentum; the bounded form is in `gradient_keys`. Oracle:
-    autograd of the objective.
+    Grows without bound where step_size |g|^2 > 1 + momentum; `gradient_keys` has the form in which erase and write
+    are both bounded. bounded_erase: the erase alone takes step_size / (1 + step_size |g|^2). Oracle: autograd of the
+    objective.
     """
 
     of: Direction = surprise()
+    bounded_erase: bool = False
     buffered = True
 
     def __post_init__(self) -> None:
@@ -177,5 +179,6 @@ class delta_momentum(Direction):
         kept, size = (
             gate[..., None, None] if isinstance(gate, Tensor) else gate for gate in (gates.momentum, gates.step_size)
         )
-        memory = kept * state.memory - size * ((state.memory @ g.mT) @ g - added)
+        erase = size / (1.0 + size * g.square().sum((-2, -1), keepdim=True)) if self.bounded_erase else size
+        memory = kept * state.memory - erase * ((state.memory @ g.mT) @ g) + size * added
         return memory, RememberState(memory, inner)

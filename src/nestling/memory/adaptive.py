@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import Direction, Gates, Gradient, Norms, Plan, State, Summed, _wide, _wrapper, momentum, surprise
+from .rule import Direction, Gates, Gradient, Norms, Plan, State, Summed, _own, _wide, _wrapper, momentum, surprise
 
 
 def _fraction(name: str, field: str, value: float) -> None:
@@ -38,11 +38,15 @@ def _correction(beta: float, count: Tensor, like: Tensor) -> Tensor | float:
     return (1.0 - torch.pow(beta, count.double())).reciprocal().to(like.dtype)[..., None, None]
 
 
-def _plus(one: Tensor, gate: Tensor | float, other: Tensor) -> Tensor:
-    """one + gate * other, in one pass where the gate is a number."""
+def _plus(one: Tensor, gate: Tensor | float, other: Tensor, fresh: bool = False) -> Tensor:
+    """one + gate * other, in one pass where the gate is a number; in place where `one` is fresh."""
     if isinstance(gate, Tensor):
         return one + _wide(gate) * other
-    return torch.add(one, other, alpha=gate)
+    return one.add_(other, alpha=gate) if _own(fresh) else torch.add(one, other, alpha=gate)
+
+
+def _quotient(added: Tensor, root: Tensor, fresh: bool) -> Tensor:
+    return added.div_(root) if _own(fresh) else added / root
 
 
 class Transform(_wrapper, abstract=True):
@@ -92,11 +96,12 @@ class nesterov(momentum):
     """
 
     of: Direction = surprise()
+    fresh = True
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
         buffer = _plus(added, gates.momentum, state.buffer)
-        return _plus(added, gates.momentum, buffer), state._replace(buffer=buffer, of=inner)
+        return _plus(added, gates.momentum, buffer, self.of.fresh), state._replace(buffer=buffer, of=inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         raise ValueError(f"{self} reads its buffer and its last write; it has no chunked form: use way='recurrent'")
@@ -109,6 +114,8 @@ class CountState(NamedTuple):
 
 class _counting(_wrapper, abstract=True):
     """A direction whose update is multiplied by a number that depends on how many steps have been taken."""
+
+    fresh = True
 
     @abstractmethod
     def factor(self, count: Tensor) -> Tensor:
@@ -168,6 +175,7 @@ class average(_wrapper):
 
     of: Direction = surprise()
     beta: float = 0.9
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +191,11 @@ class average(_wrapper):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         count, mean = state.steps + 1, torch.lerp(state.mean, added, 1.0 - self.beta)
         return mean * _correction(self.beta, count, mean), AverageState(count, mean, inner)
+
+
+def _square(kept: Tensor, g: Tensor, share: float) -> Tensor:
+    """kept + share * g^2, in place where it may be: `kept` is a new tensor."""
+    return kept.addcmul_(g, g, value=share) if _own(True) else torch.addcmul(kept, g, g, value=share)
 
 
 class AdagradState(NamedTuple):
@@ -212,6 +225,7 @@ class adagrad(_wrapper):
     eps: float = 1e-10
     initial: float = 0.0
     share: float = 1.0
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +242,7 @@ class adagrad(_wrapper):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         g = gradient.dense()
         square = torch.addcmul(state.square, g, g, value=self.share)
-        return added / _root(square, None, self.eps), AdagradState(square, inner)
+        return _quotient(added, _root(square, None, self.eps), self.of.fresh), AdagradState(square, inner)
 
 
 class RmsState(NamedTuple):
@@ -253,6 +267,7 @@ class rmsprop(_wrapper):
     corrected: bool = False
     centered: bool = False
     amsgrad: bool = False
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,7 +285,7 @@ class rmsprop(_wrapper):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
         g, fresh, mean, largest = gradient.dense(), 1.0 - self.beta, state.mean, state.largest
-        square = torch.addcmul(state.square * self.beta, g, g, value=fresh)
+        square = _square(state.square * self.beta, g, fresh)
         seen, count = square, state.steps + 1
         if mean is not None:
             mean = torch.lerp(mean, g, fresh)
@@ -278,7 +293,8 @@ class rmsprop(_wrapper):
         if largest is not None:
             seen = largest = torch.maximum(largest, seen)
         correction = _correction(self.beta, count, seen) if self.corrected else None
-        return added / _root(seen, correction, self.eps), RmsState(count, square, mean, largest, inner)
+        root = _root(seen, correction, self.eps)
+        return _quotient(added, root, self.of.fresh), RmsState(count, square, mean, largest, inner)
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,6 +310,7 @@ class adam(_wrapper):
     beta2: float = 0.999
     eps: float = 1e-8
     amsgrad: bool = False
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adaptive import _not_negative
+from .adaptive import _not_negative, _quotient
 from .rule import (
     Direction,
     Gates,
@@ -16,6 +16,7 @@ from .rule import (
     Plan,
     State,
     Summed,
+    _product,
     _wrapper,
     delta_gradient_descent,
     momentum,
@@ -37,17 +38,16 @@ def orthogonalize(
     there is CUBIC). dtype: what the products are computed in.
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = (matrix if wide else matrix.mT).to(dtype or matrix.dtype)
+    x = matrix.to(dtype or matrix.dtype)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     flat = x.flatten(0, -3) if x.dim() > 3 else x
     plus = torch.baddbmm if flat.dim() == 3 else torch.addmm
     a, b, c = coefficients
     for _ in range(steps):
-        gram = flat @ flat.mT
+        gram = flat @ flat.mT if wide else flat.mT @ flat
         inner = plus(gram, gram, gram, beta=b, alpha=c) if c else b * gram
-        flat = plus(flat, inner, flat, beta=a)
-    x = flat.view(x.shape).to(matrix.dtype)
-    return x if wide else x.mT
+        flat = plus(flat, inner, flat, beta=a) if wide else plus(flat, flat, inner, beta=a)
+    return flat.view(x.shape).to(matrix.dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +65,7 @@ class newton_schulz(_wrapper):
     eps: float = 1e-7
     precision: str = "weight"
     elementwise = False
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +97,7 @@ class match_spectrum(_wrapper):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
         factor = math.sqrt(max(1.0, weight.shape[-2] / weight.shape[-1]))
-        return (added if factor == 1.0 else added * factor), state
+        return (added if factor == 1.0 else _product(added, factor, self.of.fresh)), state
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,6 +107,7 @@ class match_rms(_wrapper):
 
     of: Direction = newton_schulz()
     rms: float = 0.2
+    fresh = True
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
@@ -113,7 +115,7 @@ class match_rms(_wrapper):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
-        return added * (self.rms * math.sqrt(max(weight.shape[-2:]))), state
+        return _product(added, self.rms * math.sqrt(max(weight.shape[-2:])), self.of.fresh), state
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,6 +124,7 @@ class unit_rms(_wrapper):
 
     of: Direction = newton_schulz()
     eps: float = 1e-12
+    fresh = True
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
@@ -130,7 +133,7 @@ class unit_rms(_wrapper):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
         norm = torch.linalg.matrix_norm(added, keepdim=True) / math.sqrt(added.shape[-1] * added.shape[-2])
-        return added / norm.clamp(min=self.eps), state
+        return _quotient(added, norm.clamp(min=self.eps), self.of.fresh), state
 
 
 class InverseRoot(torch.autograd.Function):
@@ -169,6 +172,7 @@ class full_matrix_adagrad(_wrapper):
     of: Direction = surprise()
     eps: float = 1e-8
     elementwise = False
+    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,6 +79,8 @@ class Rule(Part, family=True):
 class Additive(Rule, abstract=True):
     """A rule that keeps some of the weight and adds an update to it."""
 
+    fresh: bool = False  # is every update a new tensor, in no state and given by no one, that may be written over
+
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         return weight
 
@@ -88,7 +90,23 @@ class Additive(Rule, abstract=True):
 
     def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, after = self.update(weight, gradient, state, gates)
-        return self.keep(weight, state, gates) + added, after
+        return _sum(added, self.keep(weight, state, gates), self.fresh), after
+
+
+def _own(fresh: bool) -> bool:
+    """May a fresh tensor be written over? Not where autograd may have kept it."""
+    return fresh and not torch.is_grad_enabled()
+
+
+def _sum(added: Tensor, other: Tensor, fresh: bool) -> Tensor:
+    return added.add_(other) if _own(fresh) and added.shape == other.shape else other + added
+
+
+def _product(added: Tensor, gate: Tensor | float, fresh: bool) -> Tensor:
+    """An update times a gate [...], in place where it may be."""
+    if isinstance(gate, Tensor) or not _own(fresh):
+        return _wide(gate) * added
+    return added.mul_(gate)
 
 
 class Direction(Additive, abstract=True):
@@ -108,6 +126,7 @@ class surprise(Direction):
     """update = -g: the momentary surprise itself, unscaled."""
 
     elementwise = True
+    fresh = True
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return -gradient.dense(), state
@@ -120,6 +139,10 @@ class _passing(Additive, abstract=True):
     """A rule around a direction, whose state is its own."""
 
     of: Direction
+
+    @property
+    def fresh(self) -> bool:  # type: ignore[override]
+        return self.of.fresh
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
@@ -166,13 +189,15 @@ class _wrapper(_passing, Direction, abstract=True):
 class scale(_wrapper):
     """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
 
+    fresh = True
+
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.buffered
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
-        return _wide(gates.step_size) * added, state
+        return _product(added, gates.step_size, self.of.fresh), state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(gates.step_size)
@@ -191,10 +216,11 @@ class dampen(_wrapper):
     where the bare form multiplies them by up to 1 / (1 - momentum)."""
 
     of: Direction = gradient_descent()
+    fresh = True
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, state = self.of.update(weight, gradient, state, gates)
-        return _wide(1.0 - gates.momentum) * added, state
+        return _product(added, 1.0 - gates.momentum, self.of.fresh), state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(1.0 - gates.momentum)
@@ -295,6 +321,7 @@ class momentum(_wrapper):
 
     of: Direction = gradient_descent()
     buffered = True
+    fresh = False
 
     def init(self, weight: Tensor) -> State:
         return MomentumState(torch.zeros_like(weight), self.of.init(weight))
@@ -304,7 +331,7 @@ class momentum(_wrapper):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _wide(gates.momentum) * state.buffer + added
+        buffer = _sum(added, _wide(gates.momentum) * state.buffer, self.of.fresh)
         return buffer, MomentumState(buffer, inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
@@ -330,6 +357,7 @@ class delta_gradient_descent(_passing):
 
     of: Direction = gradient_descent()
     needs_inputs = True
+    fresh = True
 
     def __post_init__(self) -> None:
         why = "delta_gradient_descent wraps a direction, as in delta_gradient_descent(momentum())"
@@ -338,7 +366,8 @@ class delta_gradient_descent(_passing):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         step_size = bounded(gates.step_size, gradient.squared_norm())
         added, state = self.of.update(weight, gradient, state, gates._replace(step_size=step_size))
-        return added - _wide(step_size) * gradient.project(weight), state
+        erased = _product(gradient.project(weight), step_size, True)
+        return added - erased, state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         step_size = bounded(gates.step_size, norms.input)
@@ -356,6 +385,10 @@ class _keeper(Additive, abstract=True):
 
     retention: Retention
     of: Additive
+
+    @property
+    def fresh(self) -> bool:  # type: ignore[override]
+        return self.of.fresh
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -212,6 +212,7 @@ def study(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, list[Tensor]]]:
                 "median_steps": float(own.steps.double().median()),
                 "converged": round(float((own.steps < plan.steps).double().mean()), 4),
                 "beside_momentum": ratio(own.steps, base),
+                "beside_its_number": None,
                 "faster_than_momentum": round(float((own.steps < base).double().mean()), 3),
                 "path_by_distance": middle((own.length / starts.norm(dim=-1))[own.steps < plan.steps]),
                 "share_along_gradient": middle(own.along[own.steps < plan.steps]),
@@ -221,6 +222,10 @@ def study(plan: Plan) -> tuple[list[dict[str, Any]], dict[str, list[Tensor]]]:
             }
         )
         print(rows[-1], flush=True)
+    for row in rows:
+        if (control := f"{row['method']}, a number") in runs:
+            row["beside_its_number"] = ratio(runs[row["method"]].steps, runs[control].steps)
+            print(row["method"], row["beside_its_number"], flush=True)
     return rows, paths
 
 

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .adaptive import _plus
 from .retention import decay
 from .rule import Direction, Gates, Gradient, Pairs, Rule, State, _require, gradient_descent, momentum, retain, surprise
 
@@ -96,7 +95,6 @@ class add(Direction):
     of: Direction = gradient_descent()
     other: Direction = momentum()
     share: float = 1.0
-    fresh = True
 
     def __post_init__(self) -> None:
         for part in (self.of, self.other):
@@ -123,7 +121,7 @@ class add(Direction):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         one, of = self.of.update(weight, gradient, state.of, gates)
         two, other = self.other.update(weight, gradient, state.other, gates)
-        return _plus(one, self.share, two, self.of.fresh), AddState(of, other)
+        return torch.add(one, two, alpha=self.share), AddState(of, other)
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adaptive import _not_negative, _quotient
+from .adaptive import _not_negative
 from .rule import (
     Direction,
     Gates,
     Gradient,
     Norms,
     Plan,
+    Scaled,
     State,
     Summed,
-    _product,
+    _said,
+    _times,
     _wrapper,
     delta_gradient_descent,
     momentum,
@@ -65,7 +67,6 @@ class newton_schulz(_wrapper):
     eps: float = 1e-7
     precision: str = "weight"
     elementwise = False
-    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,13 +80,19 @@ class newton_schulz(_wrapper):
         _not_negative("newton_schulz", "eps", self.eps)
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        if not times:
+            return torch.zeros_like(added), 1.0, after
         dtype = torch.bfloat16 if self.precision == "bfloat16" else None
-        return orthogonalize(added, self.steps, self.coefficients, self.eps, dtype), state
+        found = orthogonalize(added, self.steps, self.coefficients, self.eps / abs(times), dtype)
+        return found, math.copysign(1.0, times), after
 
 
 @dataclass(frozen=True, repr=False)
-class match_spectrum(_wrapper):
+class match_spectrum(_times):
     """update = sqrt(max(1, out / in)) * (update of `of`): torch's adjust_lr_fn="original" (Jordan et al. 2024)."""
 
     of: Direction = newton_schulz()
@@ -94,28 +101,24 @@ class match_spectrum(_wrapper):
     def elementwise(self) -> bool:  # type: ignore[override]
         return False
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        factor = math.sqrt(max(1.0, weight.shape[-2] / weight.shape[-1]))
-        return (added if factor == 1.0 else _product(added, factor, self.of.fresh)), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return math.sqrt(max(1.0, weight.shape[-2] / weight.shape[-1]))
 
 
 @dataclass(frozen=True, repr=False)
-class match_rms(_wrapper):
+class match_rms(_times):
     """update = rms * sqrt(max(out, in)) * (update of `of`): an orthogonal update of root mean square `rms`, torch's
     adjust_lr_fn="match_rms_adamw" (Liu et al. 2025)."""
 
     of: Direction = newton_schulz()
     rms: float = 0.2
-    fresh = True
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
         return False
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return _product(added, self.rms * math.sqrt(max(weight.shape[-2:])), self.of.fresh), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return self.rms * math.sqrt(max(weight.shape[-2:]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,16 +127,20 @@ class unit_rms(_wrapper):
 
     of: Direction = newton_schulz()
     eps: float = 1e-12
-    fresh = True
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
         return False
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        if not times:
+            return torch.zeros_like(added), 1.0, after
         norm = torch.linalg.matrix_norm(added, keepdim=True) / math.sqrt(added.shape[-1] * added.shape[-2])
-        return _quotient(added, norm.clamp(min=self.eps), self.of.fresh), state
+        return added / norm.clamp(min=self.eps / abs(times)), math.copysign(1.0, times), after
 
 
 class InverseRoot(torch.autograd.Function):
@@ -172,7 +179,6 @@ class full_matrix_adagrad(_wrapper):
     of: Direction = surprise()
     eps: float = 1e-8
     elementwise = False
-    fresh = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

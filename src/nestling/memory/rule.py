@@ -26,6 +26,8 @@ from .state import select
 
 State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
+Scaled = tuple[Tensor, float, State]
+"""An update in two, a tensor and the number that multiplies it; and the state."""
 
 
 class Rule(Part, family=True):
@@ -79,8 +81,6 @@ class Rule(Part, family=True):
 class Additive(Rule, abstract=True):
     """A rule that keeps some of the weight and adds an update to it."""
 
-    fresh: bool = False  # is every update a new tensor, in no state and given by no one, that may be written over
-
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         return weight
 
@@ -88,25 +88,29 @@ class Additive(Rule, abstract=True):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         """What is added to the kept weight, and the new state."""
 
-    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        """`update` as a tensor and a number that multiplies it: numbers on the way multiply each other, and a matrix
+        is passed over once. The tensor may be one that is kept or was given, and is not written over."""
         added, after = self.update(weight, gradient, state, gates)
-        return _sum(added, self.keep(weight, state, gates), self.fresh), after
+        return added, 1.0, after
+
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, times, after = self.scaled(weight, gradient, state, gates)
+        kept = self.keep(weight, state, gates)
+        return _plus(kept, times, added, own=kept is not weight), after
 
 
-def _own(fresh: bool) -> bool:
-    """May a fresh tensor be written over? Not where autograd may have kept it."""
-    return fresh and not torch.is_grad_enabled()
+def _plus(one: Tensor, times: float, other: Tensor, *, own: bool) -> Tensor:
+    """one + times * other, in one pass; in place where `one` is the caller's own and autograd does not look."""
+    if own and not torch.is_grad_enabled() and one.shape == other.shape:
+        return one.add_(other, alpha=times)
+    return torch.add(one, other, alpha=times)
 
 
-def _sum(added: Tensor, other: Tensor, fresh: bool) -> Tensor:
-    return added.add_(other) if _own(fresh) and added.shape == other.shape else other + added
-
-
-def _product(added: Tensor, gate: Tensor | float, fresh: bool) -> Tensor:
-    """An update times a gate [...], in place where it may be."""
-    if isinstance(gate, Tensor) or not _own(fresh):
-        return _wide(gate) * added
-    return added.mul_(gate)
+def _said(scaled: Scaled) -> tuple[Tensor, State]:
+    """The update of a part that says it in two, and the state."""
+    added, times, after = scaled
+    return (added if times == 1.0 else added * times), after
 
 
 class Direction(Additive, abstract=True):
@@ -126,10 +130,12 @@ class surprise(Direction):
     """update = -g: the momentary surprise itself, unscaled."""
 
     elementwise = True
-    fresh = True
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return -gradient.dense(), state
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        return gradient.dense(), -1.0, state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return Plan(write=torch.ones_like(norms.input))
@@ -139,10 +145,6 @@ class _passing(Additive, abstract=True):
     """A rule around a direction, whose state is its own."""
 
     of: Direction
-
-    @property
-    def fresh(self) -> bool:  # type: ignore[override]
-        return self.of.fresh
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
@@ -185,19 +187,34 @@ class _wrapper(_passing, Direction, abstract=True):
         return self.of.elementwise
 
 
-@dataclass(frozen=True, repr=False)
-class scale(_wrapper):
-    """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
+class _times(_wrapper, abstract=True):
+    """A direction times a factor that does not look at the gradient."""
 
-    fresh = True
+    @abstractmethod
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        """A number, or one for every weight [...]."""
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        factor = self.factor(weight, gates)
+        if isinstance(factor, Tensor):
+            return _wide(factor) * added, times, after
+        return added, times * factor, after
+
+
+@dataclass(frozen=True, repr=False)
+class scale(_times):
+    """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.buffered
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return _product(added, gates.step_size, self.of.fresh), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return gates.step_size
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(gates.step_size)
@@ -211,16 +228,14 @@ class gradient_descent(scale):
 
 
 @dataclass(frozen=True, repr=False)
-class dampen(_wrapper):
+class dampen(_times):
     """update = (1 - momentum) * (update of `of`): inside `momentum` it makes the buffer an average of updates,
     where the bare form multiplies them by up to 1 / (1 - momentum)."""
 
     of: Direction = gradient_descent()
-    fresh = True
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return _product(added, 1.0 - gates.momentum, self.of.fresh), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return 1.0 - gates.momentum
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(1.0 - gates.momentum)
@@ -321,7 +336,6 @@ class momentum(_wrapper):
 
     of: Direction = gradient_descent()
     buffered = True
-    fresh = False
 
     def init(self, weight: Tensor) -> State:
         return MomentumState(torch.zeros_like(weight), self.of.init(weight))
@@ -330,8 +344,8 @@ class momentum(_wrapper):
         return MomentumState(state.buffer, self.of.anchor(state.of))
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _sum(added, _wide(gates.momentum) * state.buffer, self.of.fresh)
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        buffer = _plus(_wide(gates.momentum) * state.buffer, times, added, own=True)
         return buffer, MomentumState(buffer, inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
@@ -357,7 +371,6 @@ class delta_gradient_descent(_passing):
 
     of: Direction = gradient_descent()
     needs_inputs = True
-    fresh = True
 
     def __post_init__(self) -> None:
         why = "delta_gradient_descent wraps a direction, as in delta_gradient_descent(momentum())"
@@ -366,8 +379,7 @@ class delta_gradient_descent(_passing):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         step_size = bounded(gates.step_size, gradient.squared_norm())
         added, state = self.of.update(weight, gradient, state, gates._replace(step_size=step_size))
-        erased = _product(gradient.project(weight), step_size, True)
-        return added - erased, state
+        return added - _wide(step_size) * gradient.project(weight), state
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         step_size = bounded(gates.step_size, norms.input)
@@ -385,10 +397,6 @@ class _keeper(Additive, abstract=True):
 
     retention: Retention
     of: Additive
-
-    @property
-    def fresh(self) -> bool:  # type: ignore[override]
-        return self.of.fresh
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -450,6 +458,10 @@ class _keeper(Additive, abstract=True):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         return added, RetainState(state.start, inner)
 
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        return added, times, RetainState(state.start, inner)
+
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         if self.retention.settles:
             raise ValueError(
@@ -492,6 +504,9 @@ class retain_first(_keeper):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return super().update(self.keep(weight, state, gates), gradient, state, gates)
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        return super().scaled(self.keep(weight, state, gates), gradient, state, gates)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         plan = super().plan(gates, norms, state, exact)

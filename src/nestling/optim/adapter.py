@@ -353,10 +353,11 @@ def _leaves(state: Any) -> list[Tensor]:
 
 
 def _stack(states: list[Any]) -> Any:
-    """States of one form, side by side along a new first dim."""
+    """States of one form, side by side along a new first dim; one count for all, where all have come as far."""
     first = states[0]
     if isinstance(first, Tensor):
-        return torch.stack(states)
+        counts = first.dim() == 0 and first.dtype == torch.int64 and first.device.type == "cpu"
+        return first if counts and len(set(map(int, states))) == 1 else torch.stack(states)
     if isinstance(first, tuple):
         parts = [_stack(list(parts)) for parts in zip(*states, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
@@ -365,7 +366,11 @@ def _stack(states: list[Any]) -> Any:
 
 def _unstack(state: Any, count: int) -> list[Any]:
     """The inverse of `_stack`; each part a tensor of its own."""
-    return [map_tensors(lambda tensor: tensor[index].clone(), state) for index in range(count)]  # noqa: B023
+
+    def own(tensor: Tensor, index: int) -> Tensor:
+        return (tensor[index] if tensor.dim() else tensor).clone()
+
+    return [map_tensors(partial(own, index=index), state) for index in range(count)]
 
 
 def _joined(whole: Any, last: Any, dim: int) -> Any:

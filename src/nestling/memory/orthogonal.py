@@ -41,7 +41,8 @@ def orthogonalize(
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix.to(dtype or matrix.dtype)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    norm = torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = x / norm if x is matrix or torch.is_grad_enabled() else x.div_(norm)
     flat = x.flatten(0, -3) if x.dim() > 3 else x
     plus = torch.baddbmm if flat.dim() == 3 else torch.addmm
     a, b, c = coefficients

@@ -237,14 +237,14 @@ def draw_paths(paths: dict[str, list[Tensor]], file: Path) -> None:
 
     matplotlib.rcParams |= {"svg.hashsalt": "nestling", "svg.fonttype": "none"}
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
-    r, theta = torch.meshgrid(torch.linspace(-4, 2, 61), torch.linspace(-5, 3, 61), indexing="xy")
+    r, theta = torch.meshgrid(torch.linspace(-4, 4, 61), torch.linspace(-5, 5, 61), indexing="xy")
     height = psi(torch.tensor([10.0, 1.0, 2.0]), torch.stack([r, theta], -1))[0]
     axes.contour(r, theta, height.log1p(), 12, colors="0.8", linewidths=0.6)
-    for name in ("momentum", "Nesterov", "delta, as derived", "delta, bounded", "momentum, step bounded alike"):
+    for name in ("momentum", "Nesterov", "delta, as derived", "delta, erase bounded", "momentum, step bounded alike"):
         points = torch.stack(paths[name][:150])
         axes.plot(points[:, 0], points[:, 1], ".-", linewidth=0.8, markersize=2, label=name)
     axes.plot(0, 0, "k*")
-    axes.set(xlim=(-4, 2), ylim=(-5, 3), xlabel="r", ylabel="theta", title="Tuned elsewhere; k 10, alpha 1, omega 2")
+    axes.set(xlim=(-4, 4), ylim=(-5, 5), xlabel="r", ylabel="theta", title="Tuned elsewhere; k 10, alpha 1, omega 2")
     axes.legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 

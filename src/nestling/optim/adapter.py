@@ -14,7 +14,7 @@ from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
 from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
 
-PIECE = {"cpu": 1 << 16, "other": 1 << 24}
+PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 """Entries stepped together: on a CPU what its cache holds, with all that a rule computes of them; else so many that
 launches do not count."""
 

@@ -30,9 +30,34 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "memory/rule.py",
-        "buffer = _wide(gates.momentum) * state.buffer + added",
-        "buffer = added - _wide(gates.momentum) * state.buffer",
+        "buffer = _plus(_wide(gates.momentum) * state.buffer, times, added, own=True)",
+        "buffer = _plus(-_wide(gates.momentum) * state.buffer, times, added, own=True)",
         "tests/test_rule.py",
+    ),
+    Mutant(
+        "memory/rule.py",
+        "if own and not torch.is_grad_enabled() and",
+        "if not torch.is_grad_enabled() and",
+        "tests/test_rule.py",
+    ),
+    Mutant(
+        "memory/gradient_memory.py",
+        "self.attentional_bias.target(rows, -wanted)",
+        "self.attentional_bias.target(rows, wanted)",
+        "tests/test_gradient_memory.py",
+    ),
+    Mutant(
+        "memory/gradient_memory.py",
+        "target(x, -n * gradient.error)",
+        "target(x, -gradient.error)",
+        "tests/test_gradient_memory.py",
+    ),
+    Mutant("optim/sharded.py", "return total / mesh.size()", "return total", "tests/test_sharded.py"),
+    Mutant(
+        "optim/adapter.py",
+        "if cut is not None and not own.elementwise:",
+        "if cut is not None and own.elementwise:",
+        "tests/test_sharded.py",
     ),
     Mutant(
         "memory/rule.py",

@@ -12,6 +12,7 @@ from nestling.memory import (
     Rule,
     Summed,
     adagrad,
+    adam,
     decay,
     delta_gradient_descent,
     every,
@@ -125,6 +126,48 @@ def test_backpropagation_writes_into_a_memory():
     assert float(torch.autograd.grad(objective, found)[0].abs().max()) < 1e-12
 
 
+def minimiser(objective, start: Tensor) -> Tensor:
+    """Of a function that is quadratic entry by entry: one Newton step by autograd."""
+    at = start.clone().requires_grad_()
+    slope = torch.autograd.grad(objective(at), at, create_graph=True)[0]
+    return (at - slope / torch.autograd.grad(slope.sum(), at)[0]).detach()
+
+
+def test_backpropagation_through_three_layers_writes_into_three_memories():
+    """Equation 31: each layer's step minimises the sum of <W x, delta> + |W - W_t|^2 / (2 eta), its own inputs the
+    keys, the errors at its outputs the values."""
+    layers = [nn.Linear(4, 5).double(), nn.Linear(5, 6).double(), nn.Linear(6, 2).double()]
+    x, inputs, outputs = normal(7, 4, seed=1), [], []
+    for layer in layers:
+        inputs.append(x.detach())
+        x = layer(x)
+        x.retain_grad()
+        outputs.append(x)
+        x = x.tanh()
+    x.square().sum().backward()
+    before = [layer.weight.detach().clone() for layer in layers]
+    to_optimizer(gradient_descent(), [layer.weight for layer in layers], step_size=0.3).step()
+    for layer, old, keys, answers in zip(layers, before, inputs, outputs, strict=True):
+        delta = answers.grad
+        found = minimiser(
+            lambda w, k=keys, d=delta, o=old: (k @ w.T * d).sum() + (w - o).square().sum() / (2 * 0.3),
+            torch.zeros_like(old),
+        )
+        same(layer.weight, found, 1e-10)
+
+
+@pytest.mark.parametrize("rule", [delta_gradient_descent(), joint_delta_gradient_descent()], ids=str)
+def test_delta_decays_along_the_input_alone(rule):
+    """Without an error what W says to x decays by eta' |x|^2, and what it says across x not at all."""
+    weight, x = normal(3, 5), normal(1, 5, seed=1)
+    across = normal(5, seed=2)
+    across = across - x[0] * (across @ x[0]) / (x[0] @ x[0])
+    stepped, _ = rule.step(weight, Pairs(torch.zeros(1, 3, dtype=F64), x), rule.init(weight), Gates(0.7))
+    size = float(x[0] @ x[0])
+    same(stepped @ x[0], (1 - 0.7 * size / (1 + 0.7 * size)) * weight @ x[0])
+    same(stepped @ across, weight @ across)
+
+
 def test_momentum_is_a_memory_of_gradients():
     """Equation 33: the buffer is a weight of its own, learned by descent and retention on its dot product."""
     weight = normal(3, 4)
@@ -152,6 +195,29 @@ def test_adaptive_scaling_is_the_optimal_memory():
     for g in gradients:
         update, state = rule.update(weight, Summed(g), state, Gates(1.0, 1.0))
     same(-update, minimiser)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.8, 0.8), (0.8, 0.95)])
+def test_the_adam_that_users_run_minimises_a_quadratic_too(beta1, beta2):
+    """sum_i b_i (m g_i)^2 / 2 - m P sum_i a_i g_i, a and b the normalised weights of the two averages, P^2 = sum b g^2.
+    With one decay that is equation 101, sum b_i (m g_i - P)^2 / 2 up to a constant; with two, as users have it, the
+    fit is to gradients weighed otherwise than those that it correlates with, and no sum of squares of m g_i - P."""
+    gradients, t = normal(9, 3, 4), 9
+    ages = torch.arange(t - 1, -1, -1, dtype=F64)
+    a, b = ((1 - beta) * beta**ages / (1 - beta**t) for beta in (beta1, beta2))
+    a, b = a[:, None, None], b[:, None, None]
+    spread = (b * gradients.square()).sum(0).sqrt()
+    start = torch.ones(3, 4, dtype=F64)
+    found = minimiser(
+        lambda m: 0.5 * (b * (m * gradients).square()).sum() - (m * spread * (a * gradients).sum(0)).sum(), start
+    )
+    rule, weight = adam(surprise(), beta1, beta2, eps=0.0), torch.zeros(3, 4, dtype=F64)
+    state = rule.init(weight)
+    for g in gradients:
+        update, state = rule.update(weight, Summed(g), state, Gates())
+    same(-update, found, 1e-10)
+    in_appendix_b = minimiser(lambda m: 0.5 * (b * (m * gradients - spread).square()).sum(), start)
+    assert torch.allclose(in_appendix_b, found, atol=1e-10) == (beta1 == beta2)
 
 
 def test_full_matrix_adagrad_of_a_vector():

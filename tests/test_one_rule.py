@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from nestling.memory import (
     AttentionalBias,
     Gates,
+    Pairs,
+    Retention,
     Rule,
     Structure,
     adagrad,
@@ -26,6 +28,7 @@ from nestling.memory import (
     full_matrix_adagrad,
     gradient_descent,
     gradient_keys,
+    gradient_memory,
     hold_back,
     joint_delta_gradient_descent,
     l2,
@@ -46,6 +49,7 @@ from nestling.memory import (
     surprise,
     unit_rms,
 )
+from nestling.memory.rule import Direction
 from nestling.optim import RuleOptimizer, to_optimizer
 from nestling.sequence import Memory
 from nestling.sequence.scan import Writes
@@ -88,6 +92,35 @@ NONLINEAR = [
         )
     ),
 ]
+
+WITH_ARGUMENTS: dict[str, Rule] = {
+    "every": every(5),
+    "scale": scale(momentum(surprise())),
+    "gradient_memory": gradient_memory(step_size=1e-3, retention=0.9),
+}
+NOT_OPTIMIZERS = {
+    "retain_first": "takes its gradient at decayed weights, torch took it before",
+    "retain(kl)": "steps an accumulator, and a parameter is the weight itself",
+    "retain(sigmoid)": "steps an accumulator, and a parameter is the weight itself",
+    "retain(lq)": "steps an accumulator, and a parameter is the weight itself",
+    "retain(elastic_net_ftrl)": "steps an accumulator, and a parameter is the weight itself",
+}
+"""Rules that cannot be optimizers, and why, in the words in which they are refused; each is tried, and must fail."""
+
+
+def listed() -> dict[str, Rule]:
+    """Every rule of the family, and `retain` of every retention gate: a new one takes part by being listed."""
+    rules = {name: WITH_ARGUMENTS.get(name) or kind() for name, kind in Rule.variants.items()}
+    gates = {f"retain({name})": retain(kind(), gradient_descent()) for name, kind in Retention.variants.items()}
+    return {name: with_step_size(rule) for name, rule in (rules | gates).items() if not name.startswith("_")}
+
+
+def with_step_size(rule: Rule) -> Rule:
+    """The rule scaled, if its steps have no size of their own."""
+    weight = torch.ones(2, 2)
+    pair = Pairs(torch.ones(1, 2), torch.ones(1, 2))
+    moved = rule.step(weight, pair, rule.init(weight), Gates(0.0))[0]
+    return rule if torch.equal(moved, weight) or rule.exposes or not isinstance(rule, Direction) else scale(rule)
 
 
 class Net(nn.Module):
@@ -138,6 +171,22 @@ def optimizer_outputs(
     ids=repr,
 )
 def test_optimizer_is_layer(rule: Rule, structure: Structure, bias: AttentionalBias) -> None:
+    compare(rule, structure, bias)
+
+
+@pytest.mark.parametrize("structure", [matrix(), mlp(expansion=1.5)], ids=repr)
+@pytest.mark.parametrize("name", [name for name in listed() if name not in NOT_OPTIMIZERS])
+def test_every_listed_rule_is_both(name: str, structure: Structure) -> None:
+    compare(listed()[name], structure, l2())
+
+
+@pytest.mark.parametrize("name", NOT_OPTIMIZERS)
+def test_what_is_excused_does_fail(name: str) -> None:
+    with pytest.raises(ValueError, match=NOT_OPTIMIZERS[name]):
+        to_optimizer(listed()[name], [nn.Parameter(torch.zeros(2, 2))])
+
+
+def compare(rule: Rule, structure: Structure, bias: AttentionalBias) -> None:
     generator = torch.Generator().manual_seed(1)
     keys, values, queries = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     raw = torch.rand(3, TOKENS, generator=generator, dtype=torch.float64)

@@ -87,7 +87,9 @@ def test_counters_are_not_rounded_on_loading():
 @pytest.mark.parametrize("name", NAMES)
 def test_trains(name):
     net = small_net()
-    optimizer = make(name, net, lr=0.2 if name in ("SGD", "DeltaGradientDescent") else 0.02)
+    optimizer = make(
+        name, net, lr=0.2 if name in ("SGD", "DeltaGradientDescent", "GeneralizedGradientDescent") else 0.02
+    )
     first = float(backward(net, optimizer, 0))
     train(net, optimizer, [0] * 60)
     assert float(backward(net, optimizer, 0)) < 0.9 * first

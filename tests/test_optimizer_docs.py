@@ -37,6 +37,8 @@ def test_the_page_runs():
         ("PreconditionedMomentum", {}),
         ("DeltaMomentum", {}),
         ("DeltaMomentum", {"form": "literal"}),
+        ("DeepMomentum", {}),
+        ("GeneralizedGradientDescent", {}),
     ],
 )
 def test_the_table_says_what_the_optimizers_are(name, options):

@@ -84,6 +84,12 @@ def naive_delta_momentum(t, g, s, eta, mu, a):
     return lambda w: w + s["b"]
 
 
+def naive_bounded_erase(t, g, s, eta, mu, a):
+    old = s.get("b", torch.zeros(WIDTH, WIDTH, dtype=F64))
+    s["b"] = mu * old - eta / (1 + eta * (g * g).sum()) * old @ g.T @ g - eta * g
+    return lambda w: w + s["b"]
+
+
 def naive_bounded_delta_momentum(t, g, s, eta, mu, a):
     old = s.get("b", torch.zeros(WIDTH, WIDTH, dtype=F64))
     c = eta / (1 + eta * (g * g).sum())
@@ -115,6 +121,7 @@ FAMILIES = {
     "full": (scale(full_matrix_adagrad(eps=0.1)), naive_full),
     "unit": (scale(unit_rms(surprise())), naive_unit_rms),
     "delta momentum": (delta_momentum(), naive_delta_momentum),
+    "bounded erase": (delta_momentum(bounded_erase=True), naive_bounded_erase),
     "bounded": (remember(gradient_keys(retain(decay(), delta_gradient_descent()))), naive_bounded_delta_momentum),
     "m3": (
         scale(

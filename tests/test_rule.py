@@ -192,7 +192,7 @@ def test_l2_with_gradient_descent_reads_back_exactly(seed):
 WITH_ARGUMENTS = {"every": every(3), "scale": scale(momentum(surprise()))}
 WITHOUT_STEP_SIZE = {
     *("surprise", "ridge", "ascent", "nesterov", "hold_back", "slow_down", "average", "adagrad", "rmsprop", "adam"),
-    *("newton_schulz", "match_spectrum", "match_rms", "unit_rms", "full_matrix_adagrad"),
+    *("newton_schulz", "match_spectrum", "match_rms", "unit_rms", "full_matrix_adagrad", "lift"),
 }
 RULES = [WITH_ARGUMENTS.get(name) or rule() for name, rule in Rule.variants.items()] + [
     retain(decay(), delta_gradient_descent(momentum(normalize()))),
@@ -204,13 +204,31 @@ RULES = [WITH_ARGUMENTS.get(name) or rule() for name, rule in Rule.variants.item
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 class TestContract:
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
     @pytest.mark.parametrize("n", [1, 4])
-    def test_nothing_given_is_changed(self, rule, n):
+    def test_nothing_given_is_changed(self, rule, n, grad):
+        """Without autograd parts write over their own intermediate results, and over nothing else."""
         weight, gradient = given_pairs(n)
-        state = rule.step(weight, gradient, rule.init(weight), given_gates())[1]
-        arguments = (weight, gradient, state, given_gates())
-        kept = clone(arguments)
-        rule.step(*arguments)
+        for gates in (given_gates(), Gates(STEP, KEPT, LOG_RETENTION)):
+            state = rule.step(weight, gradient, rule.init(weight), gates)[1]
+            arguments = (weight, gradient, state, gates)
+            kept = clone(arguments)
+            with torch.set_grad_enabled(grad):
+                rule.step(*arguments)
+            self.same_tensors(arguments, kept)
+
+    def test_it_is_the_same_without_autograd(self, rule):
+        weight, gradient = given_pairs(4)
+        ends = []
+        for grad in (True, False):
+            at, state = weight, rule.init(weight)
+            with torch.set_grad_enabled(grad):
+                for _ in range(3):
+                    at, state = rule.step(at, gradient, state, Gates(STEP, KEPT, LOG_RETENTION))
+            ends.append((at, state))
+        torch.testing.assert_close(flatten(ends[0]), flatten(ends[1]), rtol=1e-13, atol=1e-13)
+
+    def same_tensors(self, arguments, kept):
         for name, tensor in flatten(arguments).items():
             assert torch.equal(tensor, flatten(kept)[name]), name
 

@@ -14,7 +14,8 @@ from .attentional_bias import (
     value_shift,
 )
 from .compound import biased, features, normed
-from .feature import FeatureMap, elu_plus_one, exponential, identity, polynomial
+from .feature import FeatureMap, elu_plus_one, exponential, identity, odd_power, polynomial
+from .gradient_memory import generalized_gradient_descent, gradient_memory, lift
 from .nested import add, delta_momentum, gradient_keys, remember
 from .oja import oja
 from .orthogonal import (
@@ -84,8 +85,10 @@ __all__ = [
     "features",
     "full_matrix_adagrad",
     "gated_mlp",
+    "generalized_gradient_descent",
     "gradient_descent",
     "gradient_keys",
+    "gradient_memory",
     "hold_back",
     "huber_coordinates",
     "huber_norm",
@@ -95,6 +98,7 @@ __all__ = [
     "kl",
     "known",
     "l2",
+    "lift",
     "lp",
     "lq",
     "match_rms",
@@ -106,6 +110,7 @@ __all__ = [
     "newton_schulz",
     "normalize",
     "normed",
+    "odd_power",
     "oja",
     "parse",
     "plain",

@@ -13,7 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import Direction, Gates, Gradient, Norms, Plan, State, Summed, _wide, _wrapper, momentum, surprise
+from .rule import (
+    Direction,
+    Gates,
+    Gradient,
+    Norms,
+    Plan,
+    Scaled,
+    State,
+    Summed,
+    _plus,
+    _said,
+    _wide,
+    _wrapper,
+    momentum,
+    surprise,
+)
 
 
 def _fraction(name: str, field: str, value: float) -> None:
@@ -33,16 +48,9 @@ def _counter(weight: Tensor) -> Tensor:
 def _correction(beta: float, count: Tensor, like: Tensor) -> Tensor | float:
     """1 / (1 - beta^t) [..., 1, 1]: the inverse of how far a decaying average is filled after t steps; in float64,
     since 1 - 0.999 has three digits left in float32. One count on a CPU is a number, for speed."""
-    if count.dim() == 0 and count.device.type == "cpu":
+    if count.dim() == 0 and count.device.type == "cpu" and not torch.compiler.is_compiling():
         return 1.0 / (1.0 - beta ** int(count))
     return (1.0 - torch.pow(beta, count.double())).reciprocal().to(like.dtype)[..., None, None]
-
-
-def _plus(one: Tensor, gate: Tensor | float, other: Tensor) -> Tensor:
-    """one + gate * other, in one pass where the gate is a number."""
-    if isinstance(gate, Tensor):
-        return one + _wide(gate) * other
-    return torch.add(one, other, alpha=gate)
 
 
 class Transform(_wrapper, abstract=True):
@@ -94,9 +102,10 @@ class nesterov(momentum):
     of: Direction = surprise()
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _plus(added, gates.momentum, state.buffer)
-        return _plus(added, gates.momentum, buffer), state._replace(buffer=buffer, of=inner)
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        kept = _wide(gates.momentum)
+        buffer = _plus(kept * state.buffer, times, added, own=True)
+        return _plus(kept * buffer, times, added, own=True), state._replace(buffer=buffer, of=inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         raise ValueError(f"{self} reads its buffer and its last write; it has no chunked form: use way='recurrent'")
@@ -180,9 +189,14 @@ class average(_wrapper):
         return state._replace(of=self.of.anchor(state.of))
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
-        count, mean = state.steps + 1, torch.lerp(state.mean, added, 1.0 - self.beta)
-        return mean * _correction(self.beta, count, mean), AverageState(count, mean, inner)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        count, fresh = state.steps + 1, (1.0 - self.beta) * times
+        mean = _plus(state.mean * self.beta, fresh, added, own=True)
+        after, correction = AverageState(count, mean, inner), _correction(self.beta, count, mean)
+        return (mean * correction, 1.0, after) if isinstance(correction, Tensor) else (mean, correction, after)
 
 
 class AdagradState(NamedTuple):
@@ -190,14 +204,24 @@ class AdagradState(NamedTuple):
     of: State
 
 
-def _root(square: Tensor, correction: Tensor | float | None, eps: float) -> Tensor:
-    """sqrt(square * correction) + eps, with gradient zero (not infinite) where nothing has been seen."""
-    if not torch.is_grad_enabled():  # the root is ours to write over
-        root = square.sqrt()
-        return (root if correction is None else root.mul_(correction**0.5)).add_(eps)
-    seen = square > 0
-    root = torch.where(seen, torch.where(seen, square, 1.0).sqrt(), 0.0)
-    return (root if correction is None else root * correction**0.5) + eps
+def _by_root(
+    added: Tensor, times: float, square: Tensor, correction: Tensor | float, eps: float
+) -> tuple[Tensor, float]:
+    """times * added / (sqrt(square * correction) + eps), in two; with gradient zero (not infinite) where nothing has
+    been seen."""
+    if torch.is_grad_enabled():
+        seen = square > 0
+        root = torch.where(seen, torch.where(seen, square, 1.0).sqrt(), 0.0)
+    else:
+        root = square.sqrt()  # ours to write over
+    factor = correction**0.5
+    if isinstance(factor, Tensor):
+        return added / (root * factor + eps), times
+    return added / _shifted(root, eps / factor), times / factor
+
+
+def _shifted(root: Tensor, eps: float) -> Tensor:
+    return root + eps if torch.is_grad_enabled() else root.add_(eps)
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,10 +249,13 @@ class adagrad(_wrapper):
         return AdagradState(state.square, self.of.anchor(state.of))
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
         g = gradient.dense()
         square = torch.addcmul(state.square, g, g, value=self.share)
-        return added / _root(square, None, self.eps), AdagradState(square, inner)
+        return *_by_root(added, times, square, 1.0, self.eps), AdagradState(square, inner)
 
 
 class RmsState(NamedTuple):
@@ -268,17 +295,22 @@ class rmsprop(_wrapper):
         return state._replace(of=self.of.anchor(state.of))
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
         g, fresh, mean, largest = gradient.dense(), 1.0 - self.beta, state.mean, state.largest
-        square = torch.addcmul(state.square * self.beta, g, g, value=fresh)
+        kept = state.square * self.beta
+        square = torch.addcmul(kept, g, g, value=fresh) if torch.is_grad_enabled() else kept.addcmul_(g, g, value=fresh)
         seen, count = square, state.steps + 1
         if mean is not None:
             mean = torch.lerp(mean, g, fresh)
             seen = torch.addcmul(seen, mean, mean, value=-1)
         if largest is not None:
             seen = largest = torch.maximum(largest, seen)
-        correction = _correction(self.beta, count, seen) if self.corrected else None
-        return added / _root(seen, correction, self.eps), RmsState(count, square, mean, largest, inner)
+        correction = _correction(self.beta, count, seen) if self.corrected else 1.0
+        update = _by_root(added, times, seen, correction, self.eps)
+        return *update, RmsState(count, square, mean, largest, inner)
 
 
 @dataclass(frozen=True, repr=False)
@@ -311,3 +343,6 @@ class adam(_wrapper):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return self.moments.update(weight, gradient, state, gates)
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        return self.moments.scaled(weight, gradient, state, gates)

@@ -49,6 +49,25 @@ class elu_plus_one(FeatureMap):
 
 
 @dataclass(frozen=True, repr=False)
+class odd_power(FeatureMap):
+    """phi(k) = sign(k) |k|^exponent, channel by channel: with a gradient as key it points where the gradient does, and
+    weighs large entries more (exponent > 1) or less (< 1; towards 0 signs alone)."""
+
+    exponent: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.exponent > 0:
+            raise ValueError(f"odd_power: exponent must be > 0, got {self.exponent}")
+
+    def width(self, key_dim: int) -> int:
+        return key_dim
+
+    def features(self, keys: Tensor) -> Tensor:
+        size = keys.abs().clamp(min=torch.finfo(keys.dtype).tiny)  # a root has no gradient at 0
+        return keys.sign() * size.pow(self.exponent)
+
+
+@dataclass(frozen=True, repr=False)
 class _monomials(FeatureMap, abstract=True):
     """All monomials of the channels up to `degree`, C(k + degree, degree) of them, each with a weight."""
 

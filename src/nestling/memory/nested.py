@@ -11,13 +11,41 @@ from .retention import decay
 from .rule import Direction, Gates, Gradient, Pairs, Rule, State, _require, gradient_descent, momentum, retain, surprise
 
 
+class _remembering(Direction, abstract=True):
+    """A direction that is a memory of gradients, with gates of its own; None: those of the step."""
+
+    step_size: float | None
+    momentum: float | None
+    retention: float | None
+    buffered = True
+
+    def check_gates(self) -> None:
+        """Raises ValueError that names the gate which is out of bounds."""
+        name = type(self).__name__
+        if self.step_size is not None and not self.step_size >= 0:
+            raise ValueError(f"{name}: step_size must be >= 0, got {self.step_size}")
+        for field in ("momentum", "retention"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}: {field} must be in [0, 1], got {value}")
+
+    def own(self, gates: Gates) -> Gates:
+        """The memory's own gates, given those of the step."""
+        step_size = gates.step_size if self.step_size is None else self.step_size
+        kept = gates.momentum if self.momentum is None else self.momentum
+        log_retention = gates.log_retention
+        if self.retention is not None:
+            log_retention = math.log(self.retention) if self.retention > 0 else -math.inf
+        return Gates(step_size, kept, log_retention)
+
+
 class RememberState(NamedTuple):
     memory: Tensor  # M [..., out, in]
     of: State
 
 
 @dataclass(frozen=True, repr=False)
-class remember(Direction):
+class remember(_remembering):
     """M, state <- rule.step(M, g, state); update = M: a memory of the gradients, learned by a rule of its own.
 
     step_size, momentum, retention: the memory's own; None: those of the step. `remember(retention=0.9)` is a
@@ -32,16 +60,9 @@ class remember(Direction):
     retention: float | None = None
     read: Literal["after", "before"] = "after"
 
-    buffered = True
-
     def __post_init__(self) -> None:
         _require("remember", self.rule, Rule, "a memory is learned by a rule")
-        if self.step_size is not None and not self.step_size >= 0:
-            raise ValueError(f"remember: step_size must be >= 0, got {self.step_size}")
-        for field in ("momentum", "retention"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"remember: {field} must be in [0, 1], got {value}")
+        self.check_gates()
         if self.read not in ("after", "before"):
             raise ValueError(f"remember: read must be 'after' or 'before', got {self.read!r}")
 
@@ -57,17 +78,8 @@ class remember(Direction):
         memory = torch.zeros_like(weight)
         return RememberState(memory, self.rule.init(memory))
 
-    def gates(self, gates: Gates) -> Gates:
-        """The memory's own gates, given those of the step."""
-        step_size = gates.step_size if self.step_size is None else self.step_size
-        kept = gates.momentum if self.momentum is None else self.momentum
-        log_retention = gates.log_retention
-        if self.retention is not None:
-            log_retention = math.log(self.retention) if self.retention > 0 else -math.inf
-        return Gates(step_size, kept, log_retention)
-
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        memory, inner = self.rule.step(state.memory, gradient, self.rule.anchor(state.of), self.gates(gates))
+        memory, inner = self.rule.step(state.memory, gradient, self.rule.anchor(state.of), self.own(gates))
         return (memory if self.read == "after" else state.memory), RememberState(memory, inner)
 
 
@@ -143,11 +155,13 @@ class delta_momentum(Direction):
     """S <- S (momentum I - step_size g^T g) - step_size g; update = S: Nested Learning equation 49 with P = I, the
     side and the step size as the derivative of |S g^T + I|^2 / 2 has them.
 
-    Grows without bound where step_size |g|^2 > 1 + momentum; the bounded form is in `gradient_keys`. Oracle:
-    autograd of the objective.
+    Grows without bound where step_size |g|^2 > 1 + momentum; `gradient_keys` has the form in which erase and write
+    are both bounded. bounded_erase: the erase alone takes step_size / (1 + step_size |g|^2). Oracle: autograd of the
+    objective.
     """
 
     of: Direction = surprise()
+    bounded_erase: bool = False
     buffered = True
 
     def __post_init__(self) -> None:
@@ -165,5 +179,6 @@ class delta_momentum(Direction):
         kept, size = (
             gate[..., None, None] if isinstance(gate, Tensor) else gate for gate in (gates.momentum, gates.step_size)
         )
-        memory = kept * state.memory - size * ((state.memory @ g.mT) @ g - added)
+        erase = size / (1.0 + size * g.square().sum((-2, -1), keepdim=True)) if self.bounded_erase else size
+        memory = kept * state.memory - erase * ((state.memory @ g.mT) @ g) + size * added
         return memory, RememberState(memory, inner)

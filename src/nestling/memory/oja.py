@@ -18,6 +18,7 @@ class oja(_passing):
     """
 
     of: Direction = gradient_descent()
+    needs_pairs = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, Direction):

@@ -14,8 +14,11 @@ from .rule import (
     Gradient,
     Norms,
     Plan,
+    Scaled,
     State,
     Summed,
+    _said,
+    _times,
     _wrapper,
     delta_gradient_descent,
     momentum,
@@ -37,17 +40,17 @@ def orthogonalize(
     there is CUBIC). dtype: what the products are computed in.
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = (matrix if wide else matrix.mT).to(dtype or matrix.dtype)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = matrix.to(dtype or matrix.dtype)
+    norm = torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = x / norm if x is matrix or torch.is_grad_enabled() else x.div_(norm)
     flat = x.flatten(0, -3) if x.dim() > 3 else x
     plus = torch.baddbmm if flat.dim() == 3 else torch.addmm
     a, b, c = coefficients
     for _ in range(steps):
-        gram = flat @ flat.mT
+        gram = flat @ flat.mT if wide else flat.mT @ flat
         inner = plus(gram, gram, gram, beta=b, alpha=c) if c else b * gram
-        flat = plus(flat, inner, flat, beta=a)
-    x = flat.view(x.shape).to(matrix.dtype)
-    return x if wide else x.mT
+        flat = plus(flat, inner, flat, beta=a) if wide else plus(flat, flat, inner, beta=a)
+    return flat.view(x.shape).to(matrix.dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,13 +81,19 @@ class newton_schulz(_wrapper):
         _not_negative("newton_schulz", "eps", self.eps)
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        if not times:
+            return torch.zeros_like(added), 1.0, after
         dtype = torch.bfloat16 if self.precision == "bfloat16" else None
-        return orthogonalize(added, self.steps, self.coefficients, self.eps, dtype), state
+        found = orthogonalize(added, self.steps, self.coefficients, self.eps / abs(times), dtype)
+        return found, math.copysign(1.0, times), after
 
 
 @dataclass(frozen=True, repr=False)
-class match_spectrum(_wrapper):
+class match_spectrum(_times):
     """update = sqrt(max(1, out / in)) * (update of `of`): torch's adjust_lr_fn="original" (Jordan et al. 2024)."""
 
     of: Direction = newton_schulz()
@@ -93,14 +102,12 @@ class match_spectrum(_wrapper):
     def elementwise(self) -> bool:  # type: ignore[override]
         return False
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        factor = math.sqrt(max(1.0, weight.shape[-2] / weight.shape[-1]))
-        return (added if factor == 1.0 else added * factor), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return math.sqrt(max(1.0, weight.shape[-2] / weight.shape[-1]))
 
 
 @dataclass(frozen=True, repr=False)
-class match_rms(_wrapper):
+class match_rms(_times):
     """update = rms * sqrt(max(out, in)) * (update of `of`): an orthogonal update of root mean square `rms`, torch's
     adjust_lr_fn="match_rms_adamw" (Liu et al. 2025)."""
 
@@ -111,9 +118,8 @@ class match_rms(_wrapper):
     def elementwise(self) -> bool:  # type: ignore[override]
         return False
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return added * (self.rms * math.sqrt(max(weight.shape[-2:]))), state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return self.rms * math.sqrt(max(weight.shape[-2:]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,9 +134,14 @@ class unit_rms(_wrapper):
         return False
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        if not times:
+            return torch.zeros_like(added), 1.0, after
         norm = torch.linalg.matrix_norm(added, keepdim=True) / math.sqrt(added.shape[-1] * added.shape[-2])
-        return added / norm.clamp(min=self.eps), state
+        return added / norm.clamp(min=self.eps / abs(times)), math.copysign(1.0, times), after
 
 
 class InverseRoot(torch.autograd.Function):

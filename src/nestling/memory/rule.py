@@ -26,12 +26,15 @@ from .state import select
 
 State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
+Scaled = tuple[Tensor, float, State]
+"""An update in two, a tensor and the number that multiplies it; and the state."""
 
 
 class Rule(Part, family=True):
     """How one linear map learns. Pure: nothing given is changed in place."""
 
     needs_inputs: bool = False  # of a map's inputs, more than the gradient
+    needs_pairs: bool = False  # every pair of error and input, more than their sum
     scales_buffer: bool = False  # a step size outside of a momentum
     exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
     elementwise: bool = False  # no entry of a weight looks at another: it may be cut and joined at will
@@ -85,9 +88,29 @@ class Additive(Rule, abstract=True):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         """What is added to the kept weight, and the new state."""
 
-    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        """`update` as a tensor and a number that multiplies it: numbers on the way multiply each other, and a matrix
+        is passed over once. The tensor may be one that is kept or was given, and is not written over."""
         added, after = self.update(weight, gradient, state, gates)
-        return self.keep(weight, state, gates) + added, after
+        return added, 1.0, after
+
+    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        added, times, after = self.scaled(weight, gradient, state, gates)
+        kept = self.keep(weight, state, gates)
+        return _plus(kept, times, added, own=kept is not weight), after
+
+
+def _plus(one: Tensor, times: float, other: Tensor, *, own: bool) -> Tensor:
+    """one + times * other, in one pass; in place where `one` is the caller's own and autograd does not look."""
+    if own and not torch.is_grad_enabled() and one.shape == other.shape:
+        return one.add_(other, alpha=times)
+    return torch.add(one, other, alpha=times)
+
+
+def _said(scaled: Scaled) -> tuple[Tensor, State]:
+    """The update of a part that says it in two, and the state."""
+    added, times, after = scaled
+    return (added if times == 1.0 else added * times), after
 
 
 class Direction(Additive, abstract=True):
@@ -111,6 +134,9 @@ class surprise(Direction):
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return -gradient.dense(), state
 
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        return gradient.dense(), -1.0, state
+
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return Plan(write=torch.ones_like(norms.input))
 
@@ -123,6 +149,10 @@ class _passing(Additive, abstract=True):
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]
         return self.of.needs_inputs
+
+    @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_pairs
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
@@ -157,17 +187,34 @@ class _wrapper(_passing, Direction, abstract=True):
         return self.of.elementwise
 
 
+class _times(_wrapper, abstract=True):
+    """A direction times a factor that does not look at the gradient."""
+
+    @abstractmethod
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        """A number, or one for every weight [...]."""
+
+    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+        return _said(self.scaled(weight, gradient, state, gates))
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, after = self.of.scaled(weight, gradient, state, gates)
+        factor = self.factor(weight, gates)
+        if isinstance(factor, Tensor):
+            return _wide(factor) * added, times, after
+        return added, times * factor, after
+
+
 @dataclass(frozen=True, repr=False)
-class scale(_wrapper):
+class scale(_times):
     """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.buffered
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return _wide(gates.step_size) * added, state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return gates.step_size
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(gates.step_size)
@@ -181,15 +228,14 @@ class gradient_descent(scale):
 
 
 @dataclass(frozen=True, repr=False)
-class dampen(_wrapper):
+class dampen(_times):
     """update = (1 - momentum) * (update of `of`): inside `momentum` it makes the buffer an average of updates,
     where the bare form multiplies them by up to 1 / (1 - momentum)."""
 
     of: Direction = gradient_descent()
 
-    def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, state = self.of.update(weight, gradient, state, gates)
-        return _wide(1.0 - gates.momentum) * added, state
+    def factor(self, weight: Tensor, gates: Gates) -> Tensor | float:
+        return 1.0 - gates.momentum
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         return self.of.plan(gates, norms, state, exact).times(1.0 - gates.momentum)
@@ -298,8 +344,8 @@ class momentum(_wrapper):
         return MomentumState(state.buffer, self.of.anchor(state.of))
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
-        added, inner = self.of.update(weight, gradient, state.of, gates)
-        buffer = _wide(gates.momentum) * state.buffer + added
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        buffer = _plus(_wide(gates.momentum) * state.buffer, times, added, own=True)
         return buffer, MomentumState(buffer, inner)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
@@ -363,6 +409,10 @@ class _keeper(Additive, abstract=True):
         return self.of.needs_inputs
 
     @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        return self.of.needs_pairs
+
+    @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
         return self.of.scales_buffer
 
@@ -408,6 +458,10 @@ class _keeper(Additive, abstract=True):
         added, inner = self.of.update(weight, gradient, state.of, gates)
         return added, RetainState(state.start, inner)
 
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        added, times, inner = self.of.scaled(weight, gradient, state.of, gates)
+        return added, times, RetainState(state.start, inner)
+
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         if self.retention.settles:
             raise ValueError(
@@ -450,6 +504,9 @@ class retain_first(_keeper):
 
     def update(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
         return super().update(self.keep(weight, state, gates), gradient, state, gates)
+
+    def scaled(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> Scaled:
+        return super().scaled(self.keep(weight, state, gates), gradient, state, gates)
 
     def plan(self, gates: Gates, norms: Norms, state: State, exact: bool) -> Plan:
         plan = super().plan(gates, norms, state, exact)
@@ -499,6 +556,8 @@ class every(Rule):
             raise ValueError(f"every({self.period}, {self.of!r}): a clock wraps a rule that is not a clock")
         if isinstance(self.of, retain_first):
             raise ValueError(f"every({self.period}, {self.of!r}): a sum of gradients is not taken at decayed weights")
+        if self.of.needs_pairs:
+            raise ValueError(f"every({self.period}, {self.of!r}): a clock keeps the sum of a period, and not its pairs")
         if self.of.reopens:
             raise ValueError(f"every({self.period}, {self.of!r}): a clock's steps have no chunks; use each='write'")
 

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.rule import Gates, Rule, Summed, retain_first
+from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
+
+from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 """Entries stepped together: on a CPU what its cache holds, with all that a rule computes of them; else so many that
@@ -17,10 +20,16 @@ launches do not count."""
 
 
 class Captured(NamedTuple):
-    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows."""
+    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows; where a rule
+    needs them, the pairs themselves, errors at the output [n, out] and inputs [n, in]."""
 
     gram: Tensor
     rows: int
+    errors: tuple[Tensor, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+
+
+_NOTHING = Captured(0.0, 0)  # type: ignore[arg-type]
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -74,13 +83,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         self.captured: dict[Tensor, Captured] = {}
         self.forms: dict[Any, Any] = {}
+        self.compiled: dict[Rule, Callable[..., tuple[Tensor, Any]]] = {}
         self.skipped = 0
         defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name in ("rule", "skipped")}
-        return super().__getstate__() | own | {"captured": {}, "forms": {}}
+        return super().__getstate__() | own | {"captured": {}, "forms": {}, "compiled": {}}
 
     def express(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
         """The rule of a group, and its gates at this step."""
@@ -109,27 +119,41 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
-        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step."""
+        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step; for rules
+        that need every pair it keeps the inputs, and the errors that backward() brings to the outputs."""
+        pairs = any(self.express(group)[0].needs_pairs for group in self.param_groups)
 
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            weight = layer.weight
-            assert isinstance(weight, nn.Parameter)
+        def note(weight: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            gram, rows = self.captured.get(weight, (0.0, 0))
-            self.captured[weight] = Captured(gram + x.mT @ x, rows + x.shape[0])
+            if not pairs:
+                seen = self.captured.get(weight, _NOTHING)
+                self.captured[weight] = Captured(seen.gram + x.mT @ x, seen.rows + x.shape[0])
+            elif output.requires_grad:
+                output.register_hook(partial(self._pair, weight, x))
 
         linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        hooks = [layer.register_forward_pre_hook(note) for layer in linears]
+        # known by their weights of now: inside a sharded forward pass a layer has others
+        hooks = [layer.register_forward_hook(partial(note, layer.weight)) for layer in linears]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    @torch.no_grad()
+    def _pair(self, weight: Tensor, x: Tensor, error: Tensor) -> None:
+        seen = self.captured.get(weight, _NOTHING)
+        errors = (*seen.errors, error.detach().reshape(-1, error.shape[-1]))
+        self.captured[weight] = Captured(seen.gram, seen.rows + x.shape[0], errors, (*seen.inputs, x))
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given."""
-        loss = None
+        """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given. Under
+        torch.compile the rule is compiled, and the bookkeeping around it is not."""
+        return self._step(closure, torch.compiler.is_compiling())
+
+    @torch._disable_dynamo  # as torch.compiler.disable, but without importing the compiler here
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None, compiling: bool) -> Any:
+        loss, self.compiling = None, compiling
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -149,11 +173,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name, grad in named:
                 if grad.layout != torch.strided:
                     raise ValueError(f"the gradient of {name} is sparse; a rule acts on dense ones: use sparse=False")
-            sums = [grad.detach().sum(dtype=torch.float32) for _, grad in named]
+            sums = [local(grad.detach()).sum(dtype=torch.float32) for _, grad in named]
             # a sum that is finite has finite terms; one that is not may have overflowed
-            if not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
+            fine = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all() if sums else torch.tensor(True)
+            if bool(everywhere(fine, group["params"])):
                 continue
-            wrong = [name for name, grad in named if not bool(grad.isfinite().all())]
+            each = torch.stack([local(grad.detach()).isfinite().all().to(fine.device) for _, grad in named])
+            right = everywhere(each, group["params"]).tolist()
+            wrong = [name for (name, _), own in zip(named, right, strict=True) if not own]
             if wrong and group["nonfinite"] == "raise":
                 raise FloatingPointError(f"the gradient of {wrong[0]} is not finite; nothing was changed")
             if wrong:
@@ -165,14 +192,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         alike: dict[Any, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                known = not rule.needs_inputs or parameter in self.captured
-                key = (parameter.shape, parameter.dtype, parameter.device, known)
+                known = not (rule.needs_inputs or rule.needs_pairs) or parameter in self.captured
+                cut = (parameter.placements, bool(self.state.get(parameter))) if is_sharded(parameter) else None
+                key = (parameter.shape, parameter.dtype, cut, parameter.device, known)
                 alike.setdefault(key, []).append(parameter)
-        for (*_, device, known), members in alike.items():
+        for (*_, cut, device, known), members in alike.items():
             own = rule if known else self.without_inputs(rule)
             size = PIECE["cpu" if device.type == "cpu" else "other"]
-            numel = max(1, members[0].numel())
-            if own.elementwise and numel > size and not group["differentiable"]:
+            numel = max(1, local(members[0]).numel())
+            if cut is not None and not own.elementwise:
+                self._step_sharded(own, members, gates, group)
+            elif own.elementwise and numel > size and not group["differentiable"]:
                 for parameter in members:
                     self._step_pieces(own, parameter, gates, group, size)
             else:
@@ -180,13 +210,21 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for first in range(0, len(members), each):
                     self._step_stack(own, members[first : first + each], gates, group)
 
+    def _compiled(self, rule: Rule) -> Callable[..., tuple[Tensor, Any]]:
+        """The rule's step, compiled where the step of the optimizer is."""
+        if not self.compiling:
+            return rule.step
+        if rule not in self.compiled:
+            self.compiled[rule] = torch.compile(rule.step, dynamic=False)
+        return self.compiled[rule]
+
     def _start(self, rule: Rule, weight: Tensor, parameter: Tensor) -> Any:
         """The rule's state for one parameter seen as `weight`, begun or as it was left."""
         stored = self.state[parameter]
         if not stored:
             return clone(rule.init(weight.detach()))  # parts may share tensors there, and share none here
         form, shapes = self._form(rule, weight)
-        flat = {name: tensor.reshape(shapes[name]) for name, tensor in stored.items() if name in shapes}
+        flat = {name: local(tensor).reshape(shapes[name]) for name, tensor in stored.items() if name in shapes}
         return unflatten(form, flat)
 
     def _form(self, rule: Rule, weight: Tensor) -> tuple[Any, dict[str, torch.Size]]:
@@ -203,53 +241,97 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _keep(self, parameter: Tensor, weight: Tensor, state: Any) -> None:
         """The state under flat names; what has the weight's shape takes the parameter's, and what is the parameter
         itself, about to be written over, is copied."""
-        kept = {}
+        kept, part = {}, local(parameter)
         for name, tensor in flatten(state).items():
-            own = tensor.clone() if tensor.data_ptr() == parameter.data_ptr() else tensor
-            kept[name] = own.view(parameter.shape) if own.shape == weight.shape else own
+            own = tensor.clone() if tensor.data_ptr() == part.data_ptr() else tensor
+            kept[name] = like(own.view(part.shape), parameter) if own.shape == weight.shape else own
         self.state[parameter] = kept
 
-    def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Summed:
+    def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Gradient:
         assert parameter.grad is not None
-        total = parameter.grad.reshape(weight.shape).to(weight.dtype)
+        total = local(parameter.grad).reshape(weight.shape).to(weight.dtype)
         known = self.captured.get(parameter)
+        if known is not None and known.errors:
+            return Pairs(*(torch.cat(rows).to(weight.dtype) for rows in (known.errors, known.inputs)))
         return Summed(total, None if known is None else self.gram(group, known), group["tokens"])
 
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
         """Parameters of one shape at once, along a leading dim that is theirs."""
-        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in members]
+        parts = [local(p) for p in members]
+        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in parts]
         if group["differentiable"]:  # what autograd keeps of them is not written over
             weights = [weight.clone() for weight in weights]
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
         gradients = [self._gradient(p, weight, group) for weight, p in zip(weights, members, strict=True)]
         if len(members) == 1:
-            stepped, state = rule.step(weights[0], gradients[0], rule.anchor(states[0]), gates)
+            stepped, state = self._compiled(rule)(weights[0], gradients[0], rule.anchor(states[0]), gates)
             after, left = [stepped], [state]
         else:
-            gradient = _stack(gradients)._replace(tokens=group["tokens"])
-            stepped, state = rule.step(torch.stack(weights), gradient, rule.anchor(_stack(states)), gates)
+            gradient = _stack(gradients)
+            if isinstance(gradient, Summed):
+                gradient = gradient._replace(tokens=group["tokens"])
+            before = rule.anchor(_stack(states))
+            stepped, state = self._compiled(rule)(torch.stack(weights), gradient, before, gates)
             after, left = list(stepped.unbind(0)), _unstack(state, len(members))
-        for parameter, weight, new, kept in zip(members, weights, after, left, strict=True):
+        for parameter, part, weight, new, kept in zip(members, parts, weights, after, left, strict=True):
             self._keep(parameter, weight, kept)
-            parameter.copy_(new.view_as(parameter))
+            part.copy_(new.view_as(part))
+
+    def _step_sharded(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
+        """Matrices of one shape, each cut over the ranks: dealt out whole, stepped once, and cut again."""
+        if rule.needs_pairs:
+            raise ValueError(f"{rule} needs every pair, and those of a sharded parameter lie on several ranks")
+        dealing = deal(members)
+        weights = dealing.whole([local(p) for p in members])
+        columns = weights.unsqueeze(-1) if weights.dim() < 3 else weights
+        total = dealing.whole([local(p.grad) for p in members if p.grad is not None]).to(weights.dtype)
+        known = [self.captured[p] for p in members if p in self.captured]
+        grams = [averaged(self.gram(group, own), p) for own, p in zip(known, members, strict=False)]
+        gradient = Summed(total.view_as(columns), dealing.share(grams) if known else None, group["tokens"])
+        state = self._dealt_state(rule, members, columns, dealing)
+        if len(columns):
+            columns, state = self._compiled(rule)(columns, gradient, rule.anchor(state), gates)
+        for parameter, part in zip(members, dealing.parts(columns.view_as(weights)), strict=True):
+            local(parameter).copy_(part)
+            self.state[parameter] = {}
+        for name, tensor in flatten(state).items():
+            if tensor.shape == columns.shape:
+                kept = [like(p, own) for p, own in zip(dealing.parts(tensor.view_as(weights)), members, strict=True)]
+            else:
+                kept = dealing.copies(tensor)
+            for parameter, own in zip(members, kept, strict=True):
+                self.state[parameter][name] = own
+
+    def _dealt_state(self, rule: Rule, members: list[Tensor], weights: Tensor, dealing: Deal) -> Any:
+        """The rule's state for this rank's share of the members, begun or as it was left."""
+        if not self.state[members[0]]:
+            return clone(rule.init(weights))
+        form, shapes = self._form(rule, weights)
+        flat = {}
+        for name, shape in shapes.items():
+            stored = [self.state[p][name] for p in members]
+            share = dealing.whole([local(s) for s in stored]) if is_sharded(stored[0]) else dealing.share(stored)
+            flat[name] = share.reshape(shape)
+        return unflatten(form, flat)
 
     def _step_pieces(self, rule: Rule, parameter: Tensor, gates: Gates, group: dict[str, Any], size: int) -> None:
         """One large parameter, as a row that is cut in pieces, in place."""
-        row = parameter.reshape(1, -1)
+        part = local(parameter)
+        row = part.reshape(1, -1)
         state = rule.anchor(self._start(rule, row, parameter))
-        totals = self._gradient(parameter, row, group).total.split(size, 1)
+        totals = self._gradient(parameter, row, group).dense().split(size, 1)
         cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
-        after = state
+        after, step = state, self._compiled(rule)
         for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
             rest = iter(before)
             piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
-            stepped, after = rule.step(weight, Summed(total, None, group["tokens"]), piece, gates)
+            stepped, after = step(weight, Summed(total, None, group["tokens"]), piece, gates)
             for old, new in zip(before, _leaves(after), strict=True):
                 if new.dim() == 2:
                     old.copy_(new)
             weight.copy_(stepped)  # last: a state may hold the weight that was
-        if row.data_ptr() != parameter.data_ptr():
-            parameter.copy_(row.view_as(parameter))
+        if row.data_ptr() != part.data_ptr():
+            part.copy_(row.view_as(part))
         self._keep(parameter, row, _joined(state, after, 2))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,10 +353,11 @@ def _leaves(state: Any) -> list[Tensor]:
 
 
 def _stack(states: list[Any]) -> Any:
-    """States of one form, side by side along a new first dim."""
+    """States of one form, side by side along a new first dim; one count for all, where all have come as far."""
     first = states[0]
     if isinstance(first, Tensor):
-        return torch.stack(states)
+        counts = first.dim() == 0 and first.dtype == torch.int64 and first.device.type == "cpu"
+        return first if counts and len(set(map(int, states))) == 1 else torch.stack(states)
     if isinstance(first, tuple):
         parts = [_stack(list(parts)) for parts in zip(*states, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
@@ -283,7 +366,11 @@ def _stack(states: list[Any]) -> Any:
 
 def _unstack(state: Any, count: int) -> list[Any]:
     """The inverse of `_stack`; each part a tensor of its own."""
-    return [map_tensors(lambda tensor: tensor[index].clone(), state) for index in range(count)]  # noqa: B023
+
+    def own(tensor: Tensor, index: int) -> Tensor:
+        return (tensor[index] if tensor.dim() else tensor).clone()
+
+    return [map_tensors(partial(own, index=index), state) for index in range(count)]
 
 
 def _joined(whole: Any, last: Any, dim: int) -> Any:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nestling.memory.adaptive import adagrad, adam, average, nesterov, rmsprop
+from nestling.memory.gradient_memory import generalized_gradient_descent, gradient_memory
 from nestling.memory.nested import delta_momentum, gradient_keys, remember
 from nestling.memory.orthogonal import full_matrix_adagrad, joint_delta_gradient_descent
 from nestling.memory.part import Part
@@ -61,6 +62,11 @@ def memories(rule: Part, period: float = 1.0, keys: str = "layer inputs") -> lis
         clock = rule.rule.period if isinstance(rule.rule, every) else 1
         told = "gradients" if isinstance(rule.rule, gradient_keys) else keys
         found.append(Told("memory M", told, "surprises", objective, period * clock))
+    elif isinstance(rule, gradient_memory):
+        objective = f"minimise {rule.attentional_bias!r}, learned by {rule.rule!r} (50)"
+        clock = rule.rule.period if isinstance(rule.rule, every) else 1
+        values = "minus the unit vectors" if rule.form == "units" else "minus ones"
+        found.append(Told(f"memory m, {rule.structure!r}", "gradients", values, objective, period * clock))
     elif type(rule) in _MEMORIES:
         memory, on, values, objective = _MEMORIES[type(rule)]
         found.append(Told(memory, on, values, objective, period))
@@ -99,5 +105,7 @@ def _objective(rule: Part) -> str:
             return "minimise |W x - u|^2 / 2 over the step's pairs (56)"
         if isinstance(inner, delta_gradient_descent):
             return "minimise |W x - u|^2 / 2 (56)"
+        if isinstance(inner, generalized_gradient_descent):
+            return f"minimise {inner.attentional_bias!r} of W x and u (59)"
         inner = getattr(inner, "of", None)
     return "minimise <W x, u> (9)"

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nestling.memory.adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
+from nestling.memory.attentional_bias import AttentionalBias
+from nestling.memory.gradient_memory import generalized_gradient_descent, gradient_memory
 from nestling.memory.nested import add, delta_momentum, gradient_keys, remember
 from nestling.memory.orthogonal import (
     QUINTIC,
@@ -23,7 +25,7 @@ from nestling.memory.orthogonal import (
     newton_schulz,
     unit_rms,
 )
-from nestling.memory.part import known
+from nestling.memory.part import known, parse
 from nestling.memory.retention import decay
 from nestling.memory.rule import (
     Additive,
@@ -39,6 +41,7 @@ from nestling.memory.rule import (
     scale,
     surprise,
 )
+from nestling.memory.structure import Structure
 
 from .adapter import Captured, RuleOptimizer
 
@@ -100,6 +103,13 @@ def _decoupled(rule: Additive, lr: float | Tensor, weight_decay: float, momentum
         return rule, Gates(lr, momentum)
     kept = 1.0 - lr * weight_decay
     return retain(decay(), rule), Gates(lr, momentum, kept.log() if isinstance(kept, Tensor) else _log(kept))
+
+
+def _inside(rule: Rule, outer: type[Additive]) -> Rule:
+    """The rule with the direction that `outer` wraps in its place."""
+    if isinstance(rule, retain):
+        return retain(rule.retention, _inside(rule.of, outer))  # type: ignore[arg-type]
+    return rule.of if isinstance(rule, outer) else rule  # type: ignore[attr-defined]
 
 
 def _log(kept: float) -> float:
@@ -292,9 +302,7 @@ class DeltaGradientDescent(Named):
         return _decoupled(part(inner), lr, weight_decay, momentum)
 
     def without_inputs(self, rule: Rule) -> Rule:
-        if isinstance(rule, retain):
-            return retain(rule.retention, self.without_inputs(rule.of))  # type: ignore[arg-type]
-        return rule.of if isinstance(rule, delta_gradient_descent) else rule
+        return _inside(rule, delta_gradient_descent)
 
     def gram(self, group: dict[str, Any], captured: Captured) -> Tensor:
         return captured.gram / captured.rows if group["reduction"] == "mean" else captured.gram
@@ -332,6 +340,58 @@ class DeltaMomentum(Named):
         _check(lr=lr, momentum=momentum)
         bounded = remember(gradient_keys(retain(decay(), delta_gradient_descent())), retention=momentum)
         return _outer(delta_momentum() if form == "literal" else bounded, weight_decay), Gates(lr, momentum)
+
+
+class DeepMomentum(Named):
+    """W <- W + m(u): a memory of gradients with maps of its own (equation 50), each retained by `momentum` towards its
+    start and stepping by lr on the objective; see `gradient_memory` for what it is asked, and what it answers.
+
+    structure, objective: of the memory, as expressions, since options are saved: "matrix()" with "dot()" is SGD with
+    momentum. form="ones": the letter of equation 50, whose steps are constant along each row.
+    """
+
+    @staticmethod
+    def expression(  # type: ignore[override]
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        structure: str = "mlp(residual=False)",
+        objective: str = "dot()",
+        form: Literal["units", "ones"] = "units",
+        seed: int = 0,
+    ) -> Expressed:
+        _check(lr=lr, momentum=momentum)
+        parts = parse(structure, Structure), parse(objective, AttentionalBias)  # type: ignore[type-abstract]
+        return _outer(gradient_memory(*parts, retention=momentum, form=form, seed=seed), weight_decay), Gates(lr)
+
+
+class GeneralizedGradientDescent(Named):
+    """W <- W - lr d/dW L~(W x, u), L~ an objective of one's own over the inputs and surprises of each linear layer
+    (definition 5): for weights of layers seen by `capture`, which must be open around the forward pass, and whose
+    inputs and errors it keeps until the step; gradient descent for the rest.
+
+    objective: an expression, such as "huber_norm(bound=0.5)"; an AttentionalBias of one's own is known by its name.
+    reduction: what the loss does over rows.
+    """
+
+    @staticmethod
+    def expression(  # type: ignore[override]
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        objective: str = "l2()",
+        reduction: Literal["sum", "mean"] = "mean",
+    ) -> Expressed:
+        _check(momentum=momentum)
+        inner: Direction = PARTS["momentum"](gradient_descent()) if momentum else gradient_descent()
+        bias = parse(objective, AttentionalBias)  # type: ignore[type-abstract]
+        rule = generalized_gradient_descent(bias, inner, reduction)
+        return _decoupled(rule, lr, weight_decay, momentum)
+
+    def without_inputs(self, rule: Rule) -> Rule:
+        return _inside(rule, generalized_gradient_descent)
 
 
 class M3(Matrices):
@@ -397,6 +457,8 @@ OPTIMIZERS: dict[str, type[Named]] = {
         DeltaGradientDescent,
         PreconditionedMomentum,
         DeltaMomentum,
+        DeepMomentum,
+        GeneralizedGradientDescent,
         M3,
     )
 }

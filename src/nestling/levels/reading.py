@@ -190,11 +190,11 @@ class Reader:
         row = [float(position)]
         for before, after in zip(state.levels.weights, levels.weights, strict=True):
             size = sum(weight.numel() for weight in before)
-            total = sum(
-                0.0 if old is new else float((new - old).double().square().sum())
+            lengths = [
+                0.0 if old is new else float(torch.linalg.vector_norm(new - old))
                 for old, new in zip(before, after, strict=True)
-            )
-            row.append(math.sqrt(total / size))
+            ]
+            row.append(math.hypot(*lengths) / math.sqrt(size))
         return torch.tensor(row, dtype=torch.float64)
 
 

@@ -47,6 +47,10 @@ class Pairs(NamedTuple):
         """sum_n error input^T [..., out, in]."""
         return self.error.mT @ self.input
 
+    def added_to(self, total: Tensor) -> Tensor:
+        """total + dense(), in one pass over the total where it is one matrix."""
+        return torch.addmm(total, self.error.mT, self.input) if total.dim() == 2 else total + self.dense()
+
     def project(self, weight: Tensor) -> Tensor:
         """sum_n (W x) x^T: the part of W that lies along the inputs [..., out, in]."""
         return (self.input @ weight.mT).mT @ self.input
@@ -70,6 +74,9 @@ class Summed(NamedTuple):
 
     def dense(self) -> Tensor:
         return self.total
+
+    def added_to(self, total: Tensor) -> Tensor:
+        return total + self.total
 
     def project(self, weight: Tensor) -> Tensor:
         return weight @ self.gram()

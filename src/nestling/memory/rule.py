@@ -590,7 +590,7 @@ class every(Rule):
         if self.period == math.inf:
             return weight, state
         elapsed = state.elapsed + gradient.tokens
-        total = state.gradient + gradient.dense()
+        total = gradient.added_to(state.gradient)
         inputs = None if state.inputs is None else state.inputs + gradient.gram()
         tick = elapsed >= self.period * _ALMOST if self.timed else elapsed >= self.period
         if not bool(tick.any()):

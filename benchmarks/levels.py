@@ -1,0 +1,174 @@
+"""What learning while reading costs: levels in the stream, levels in context, and the updates of peers' unit.
+
+    python benchmarks/levels.py [--tokens 2048] [--rounds 5]
+
+One model of two blocks (sliding attention or self-modifying Titans, four levels), the same tokens, every case in
+turn; medians of seconds and their ratios, peak memory in processes of their own. Results go to
+benchmarks/results/levels.json.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import torch
+from sequence import DIM, HEADS, TransformerBlock, interleaved, most_kb
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.levels import InContext, Reader, level
+from nestling.memory import mlp
+from nestling.memory.state import detach
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import Mixer, attention, self_modifying
+from nestling.tasks.record import write_result
+
+MIXERS: dict[str, Mixer] = {
+    "attention": attention(window=256),
+    "self_modifying": self_modifying(chunk=64, projection_chunk=64),
+}
+PERIODS = (128, 512, 2048, 8192)
+PEERS = (8, 32, 128, 512)  # of the nearest peer's published block
+ROWS = 8
+
+
+def model(mixer: str, periods: tuple[float, ...] = PERIODS, blocks: int = 2) -> Decoder:
+    shape = mlp(expansion=4, residual=False)
+    levels = tuple(level(period, structure=shape, step_size=1e-3) for period in periods)
+    return Decoder(ModelConfig(dim=DIM, heads=HEADS, blocks=blocks, mixer=MIXERS[mixer], levels=levels))
+
+
+def text(rows: int, tokens: int) -> Tensor:
+    return torch.randint(0, 256, (rows, tokens + 1), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def read(made: Decoder, tokens: Tensor) -> None:
+    """The forward pass alone, a segment at a time, as reading does it."""
+    state = None
+    for part in tokens.split(int(min(PERIODS)), 1):
+        _, state = made(part, state)
+
+
+def learn(made: Decoder, tokens: Tensor, segment: int | None = None) -> None:
+    reader = Reader(made, segment=segment)
+    reader.read(reader.begin(), tokens[0])
+
+
+def descend(made: Decoder, tokens: Tensor) -> None:
+    """Ordinary forward, backward and SGD on the weights of the levels, a segment at a time."""
+    weights = [w for maps in made.level_weights() for w in maps]
+    for parameter in made.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer, state, segment = torch.optim.SGD(weights, lr=1e-6), None, int(min(PERIODS))
+    for first in range(0, tokens.shape[1] - 1, segment):
+        part = tokens[:, first : first + segment + 1]
+        logits, state = made(part[:, :-1], state)
+        state = detach(state)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").backward()
+        optimizer.step()
+
+
+def in_context(made: Decoder, tokens: Tensor, depth: float, outer: bool) -> None:
+    reader = InContext(made, depth)
+    if outer:
+        made.zero_grad(set_to_none=True)
+        reader.accumulate(reader.begin(len(tokens)), tokens[:, :-1], tokens[:, 1:])
+    else:
+        reader.read(reader.begin(len(tokens)), tokens[:, :-1], tokens[:, 1:])
+
+
+def cases(mixer: str, tokens: int) -> dict[str, Callable[[], None]]:
+    """All that is timed, over the same number of tokens."""
+    one, eight = text(1, tokens), text(ROWS, tokens // ROWS)
+    block, x = TransformerBlock(), torch.randn(1, tokens, DIM)
+
+    def reference() -> None:
+        with torch.no_grad():
+            block(x)
+
+    def awake(*periods: float) -> Callable[[], None]:
+        made = model(mixer, periods)
+        return lambda: learn(made, one, segment=128)
+
+    plain, trained, peers = model(mixer), model(mixer), model(mixer, PEERS, blocks=1)
+    return {
+        "Transformer block, forward": reference,
+        "read": lambda: read(plain, one[:, :-1]),
+        "learn": lambda: learn(plain, one),
+        "forward, backward, SGD": lambda: descend(trained, one),
+        "learn, slow levels off": awake(128, math.inf, math.inf, math.inf),
+        "learn, slow levels off their clocks": awake(128, 1 << 20, 1 << 20, 1 << 20),
+        "in context, 8 rows, no outer gradient": lambda: in_context(model(mixer), eight, 0, outer=False),
+        "in context, 8 rows, first order": lambda: in_context(model(mixer), eight, 0, outer=True),
+        "in context, 8 rows, through one update": lambda: in_context(model(mixer), eight, 1, outer=True),
+        "in context, 8 rows, second order": lambda: in_context(model(mixer), eight, math.inf, outer=True),
+        "learn, one block, periods 8 to 512": lambda: learn(peers, one),
+    }
+
+
+def alone(mixer: str, case: str, tokens: int) -> None:
+    """Prints the peak memory of one case in MB, above what this process held before it."""
+    run = cases(mixer, tokens)[case]
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    idle = most_kb()
+    run()
+    print((most_kb() - idle) / 1024)
+
+
+def peak_mb(mixer: str, case: str, tokens: int) -> float:
+    folder = str(Path(__file__).parent)
+    script = f"import sys; sys.path.insert(0, {folder!r}); import levels; levels.alone({mixer!r}, {case!r}, {tokens})"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(found.stdout)
+
+
+def measure(mixer: str, tokens: int, rounds: int) -> dict[str, Any]:
+    seconds = {name: statistics.median(times) for name, times in interleaved(cases(mixer, tokens), rounds).items()}
+    base, context = seconds["read"], seconds["learn"]
+    ratios = {
+        "learn / read": context / base,
+        "learn / (forward, backward, SGD)": context / seconds["forward, backward, SGD"],
+        "slow levels: off their clocks / off": seconds["learn, slow levels off their clocks"]
+        / seconds["learn, slow levels off"],
+        "in context / stream": seconds["in context, 8 rows, no outer gradient"] / context,
+        "in context with the outer gradient / stream": seconds["in context, 8 rows, first order"] / context,
+        "one block, periods 8 to 512 / Transformer block's forward": seconds["learn, one block, periods 8 to 512"]
+        / seconds["Transformer block, forward"],
+    }
+    peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if name != "Transformer block, forward"}
+    return {"seconds": seconds, "tokens_per_s": {k: tokens / s for k, s in seconds.items()}} | {
+        "ratios": ratios,
+        "peak_mb": peaks,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    told = parser.parse_args()
+    found = {mixer: measure(mixer, told.tokens, told.rounds) for mixer in told.mixers}
+    write_result(told.out, "levels", {"tokens": told.tokens, "rounds": told.rounds, "mixers": found})
+    print(json.dumps({mixer: result["ratios"] for mixer, result in found.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

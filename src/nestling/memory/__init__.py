@@ -1,6 +1,7 @@
 """Memories: structure, attentional bias, retention, learning rule; and their naive oracles."""
 
 from .adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
+from .attend import attend
 from .attentional_bias import (
     AttentionalBias,
     Bounded,
@@ -68,6 +69,7 @@ __all__ = [
     "add",
     "all_variants",
     "ascent",
+    "attend",
     "average",
     "biased",
     "clip",

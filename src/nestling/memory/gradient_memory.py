@@ -113,7 +113,7 @@ class gradient_memory(_remembering):
         return self.structure.forward(plain(self._exposed(maps, rules)), keys)[0]
 
     def _write(
-        self, state: GradientMemoryState, rows: Tensor, gates: Gates, tokens: int
+        self, state: GradientMemoryState, rows: Tensor, gates: Gates, tokens: float
     ) -> tuple[Weights, tuple[State, ...]]:
         anchored = tuple(self.rule.anchor(s) for s in state.rules)
         at = tuple(self.rule.point(w, s, gates) for w, s in zip(state.maps, anchored, strict=True))
@@ -131,7 +131,7 @@ class gradient_memory(_remembering):
         maps, rules = zip(*after, strict=True)
         return maps, rules
 
-    def _pairs(self, error: Tensor, x: Tensor, tokens: int) -> Gradient:
+    def _pairs(self, error: Tensor, x: Tensor, tokens: float) -> Gradient:
         """One pair a row; a clock is given their sum, since it counts steps, and not rows."""
         pairs = Pairs(error, x)
         if not isinstance(self.rule, every):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nestling.memory.adaptive import adagrad, adam, average, nesterov, rmsprop
+from nestling.memory.attend import attend
 from nestling.memory.gradient_memory import generalized_gradient_descent, gradient_memory
 from nestling.memory.nested import delta_momentum, gradient_keys, remember
 from nestling.memory.orthogonal import full_matrix_adagrad, joint_delta_gradient_descent
@@ -67,6 +68,9 @@ def memories(rule: Part, period: float = 1.0, keys: str = "layer inputs") -> lis
         clock = rule.rule.period if isinstance(rule.rule, every) else 1
         values = "minus the unit vectors" if rule.form == "units" else "minus ones"
         found.append(Told(f"memory m, {rule.structure!r}", "gradients", values, objective, period * clock))
+    elif isinstance(rule, attend):
+        pairs = f"the last {rule.window} updates"
+        found.append(Told(pairs, "their directions", "themselves", "weighted l2, no parameters (63)", period))
     elif type(rule) in _MEMORIES:
         memory, on, values, objective = _MEMORIES[type(rule)]
         found.append(Told(memory, on, values, objective, period))

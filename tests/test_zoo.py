@@ -10,7 +10,7 @@ from nestling.cli import main
 from nestling.memory import Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
 from nestling.sequence import Memory, Mixer, sequence_memory
 from nestling.sequence.gating import gates_of
-from nestling.sequence.zoo import FAR, Model, error, size
+from nestling.sequence.named import FAR, Model, error, size
 
 ORACLES = [(name, way) for name, model in zoo.items() if model.oracle is not None for way in model.ways]
 SHORT = {"chunk": 8, "projection_chunk": 8, "segment": 8, "window": 8, "shard": 16, "local": (4, 8), "persistent": 2}
@@ -19,16 +19,17 @@ SHORT = {"chunk": 8, "projection_chunk": 8, "segment": 8, "window": 8, "shard": 
 def short(mixer: Mixer) -> Mixer:
     """The same model with chunks that a test can cross."""
     fields = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(mixer)}
-    changes = {name: value for name, value in SHORT.items() if name in fields and fields[name] != 1}
+    changes = {name: value for name, value in SHORT.items() if name in fields and fields[name] not in (1, None)}
     if isinstance(mixer, Memory) and mixer.window > 1:
         changes["window"] = mixer.window
     changes |= {name: short(value) for name, value in fields.items() if isinstance(value, Mixer)}
     return dataclasses.replace(mixer, **changes)
 
 
+@pytest.mark.parametrize("length", [1, 7, 63, 100])
 @pytest.mark.parametrize(("name", "way"), ORACLES)
-def test_is_its_oracle(name, way):
-    assert error(zoo[name], way) <= FAR
+def test_is_its_oracle(name, way, length):
+    assert error(zoo[name], way, length, width=4) <= FAR
 
 
 def test_a_fault_is_seen():

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.memory.attentional_bias import l2
-from nestling.memory.retention import decay, decay_to_start
+from nestling.memory.attentional_bias import dot, l2
+from nestling.memory.retention import decay, decay_to_start, row_norm
 from nestling.memory.rule import dampen, delta_gradient_descent, every, momentum, retain, retain_first, scale, surprise
 from nestling.memory.state import clone, detach, flatten, unflatten
-from nestling.memory.structure import matrix, mlp
+from nestling.memory.structure import gated_mlp, matrix, mlp
 from nestling.sequence import (
     MixerModule,
     attention,
@@ -25,6 +25,7 @@ from nestling.sequence import (
     mac,
     mag,
     mal,
+    map_gates,
     mesa_streams,
     rwkv7_streams,
     self_modifying,
@@ -32,6 +33,9 @@ from nestling.sequence import (
     shards,
     srwm,
     tnt,
+    unit_steps,
+    window_gates,
+    yaad,
 )
 from nestling.sequence.attention import AttentionState
 from nestling.sequence.convolution import ShortConvolution
@@ -40,6 +44,7 @@ F64 = torch.float64
 DIM, HEADS = 8, 2
 outside = scale(momentum(dampen(surprise())))
 delta = retain(decay_to_start(), delta_gradient_descent(momentum()))
+lact = retain(row_norm(), momentum())
 MIXERS = [
     sequence_memory(chunk=4),
     sequence_memory(matrix(), l2(), delta, 4, "token"),
@@ -62,6 +67,14 @@ MIXERS = [
     caching(sequence_memory(chunk=2), segment=2, read="sparse", slots=4, top=2),
     shards(sequence_memory(chunk=2), shard=4),
     tnt(matrix(), chunk=8, local=(2, 4), shard=4, queries="raw"),
+    sequence_memory(matrix(), rule=retain(decay(), momentum()), chunk=4, gating=window_gates(window=3), window=3),
+    sequence_memory(
+        matrix(), rule=momentum(), chunk=4, gating=window_gates(window=6), window=6, read="boundary", way="stepped"
+    ),
+    yaad(chunk=4),
+    sequence_memory(
+        gated_mlp(), dot(), lact, chunk=4, gating=map_gates(unit_steps(), start=0.2), read="boundary", way="stepped"
+    ),
     attention(window=None),
     attention(window=None, convolution=1, persistent=2),
     lstm(),

@@ -35,6 +35,7 @@ from .lstm import LongShortTermMemory, LstmState, lstm
 from .mesa import mesa
 from .miras import memora, moneta, yaad
 from .mixer import Mixer, MixerModule
+from .pair_gates import bound_gates, map_gates, unit_steps, window_gates
 from .preparation import Preparation, bare, silu, silu_unit, unit_keys
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
@@ -85,6 +86,7 @@ __all__ = [
     "attention",
     "bare",
     "beside",
+    "bound_gates",
     "caching",
     "comba",
     "comba_streams",
@@ -111,6 +113,7 @@ __all__ = [
     "mal",
     "mamba2",
     "mamba2_gates",
+    "map_gates",
     "memora",
     "mesa",
     "mesa_streams",
@@ -129,5 +132,7 @@ __all__ = [
     "srwm",
     "tnt",
     "unit_keys",
+    "unit_steps",
+    "window_gates",
     "yaad",
 ]

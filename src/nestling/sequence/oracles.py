@@ -21,7 +21,8 @@ Maps = tuple[Tensor, ...]
 
 
 class Flow(NamedTuple):
-    """What comes into a memory, for one head of one row: keys, queries [t, k], values [t, v], gates [t]."""
+    """What comes into a memory, for one head of one row: keys, queries [t, k], values [t, v], gates [t]; and what a
+    gating may tell beside them: shares of a window's pairs [t, window], a bound [t], a step for each map [t, maps]."""
 
     keys: Tensor
     values: Tensor
@@ -29,6 +30,9 @@ class Flow(NamedTuple):
     step_size: Tensor
     momentum: Tensor
     log_retention: Tensor
+    shares: Tensor
+    bound: Tensor
+    map_steps: Tensor
 
     @property
     def retention(self) -> Tensor:
@@ -92,20 +96,27 @@ def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
     step_size = (0.9 if memory.exact else 0.05) * normal().sigmoid()
     by_channel = isinstance(memory, sequence_memory) and memory.gating.by_channel
     retention = F.logsigmoid(normal(*[width] * by_channel) + 3)
-    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention)
+    told = normal(memory.window).sigmoid(), 1.0 + normal().sigmoid(), normal(len(weights)).sigmoid()
+    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention, *told)
     return weights, Flow(*(part.requires_grad_() for part in flow))
 
 
 def _run(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-    keys, values, queries, *gates = (part[None, None] for part in flow)
+    keys, values, queries, *gates = (part[None, None] for part in flow[:6])
+    told = {name: getattr(flow, name)[None, None] for name in _tells(memory)}
     state, reads = memory.begin(tuple(weight[None, None] for weight in weights)), []
     for first in range(0, keys.shape[2], memory.chunk):
         at = slice(first, first + memory.chunk)
         state = memory.open(state, True)
         pairs = Writes(keys[:, :, at], values[:, :, at], Gates(*(gate[:, :, at] for gate in gates)))
+        pairs = pairs._replace(**{name: part[:, :, at] for name, part in told.items()})
         y, state = memory.run(state, pairs, queries[:, :, at])
         reads.append(y)
     return torch.cat(reads, 2)[0, 0], tuple(weight[0, 0] for weight in memory.exposed(state.running, state))
+
+
+def _tells(memory: Memory) -> tuple[str, ...]:
+    return memory.gating.tells if isinstance(memory, sequence_memory) else ()
 
 
 def layer(run: Callable[[Parameters, Tensor, int], Told]) -> LayerOracle:
@@ -129,7 +140,8 @@ def deep(**told: Any) -> Oracle:
         given = (choices, weights, flow.keys, flow.values, flow.queries, flow.step_size)
         if memory.window > 1:
             still = flow.momentum if "momentum" in str(memory.rule) else torch.zeros_like(flow.momentum)
-            run = naive.naive_window(*given, still, flow.log_retention, memory.window)
+            shares = flow.shares if "shares" in _tells(memory) else None
+            run = naive.naive_window(*given, still, flow.log_retention, memory.window, shares)
         else:
             run = naive.naive_memory(
                 *given,
@@ -145,7 +157,8 @@ def once_a_chunk(**told: Any) -> Oracle:
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
         choices = naive.Choices(chunk=memory.chunk, read=memory.read, residual=True)
         given = (weights, flow.keys, flow.values, flow.queries, flow.step_size, flow.momentum, flow.log_retention)
-        run = naive.naive_stepped(choices, *given, **told)
+        shares = flow.shares if "shares" in _tells(memory) else None
+        run = naive.naive_stepped(choices, *given, window=memory.window, shares=shares, **told)
         return run.reads, run.weights
 
     return oracle
@@ -167,10 +180,19 @@ def ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
     return oracle
 
 
-def miras(run: Callable[..., naive_miras.Run], **told: Any) -> Oracle:
+def lact(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+    given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
+    run = naive_miras.naive_lact(weights, given, flow.map_steps, flow.momentum, chunk=memory.chunk)
+    return run.reads, run.standing
+
+
+def miras(run: Callable[..., naive_miras.Run], *, names: tuple[str, ...] = (), **told: Any) -> Oracle:
+    """names: what it is given of the flow beside keys, values, queries and gates."""
+
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        more = {name: getattr(flow, name) for name in names}
         given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
-        found = run(weights, given, chunk=memory.chunk, read=memory.read, **told)
+        found = run(weights, given, chunk=memory.chunk, read=memory.read, **told, **more)
         return found.reads, found.standing
 
     return oracle

@@ -30,7 +30,8 @@ from .linear_mixer import linear_mixer
 from .lstm import lstm
 from .miras import memora, moneta, yaad
 from .named import Model
-from .oracles import deep, every_channel, layer, linear, miras, once_a_chunk, ttt, written
+from .oracles import deep, every_channel, lact, layer, linear, miras, once_a_chunk, ttt, written
+from .pair_gates import map_gates, unit_steps, window_gates
 from .preparation import bare, silu
 from .self_modifying import self_modifying
 from .srwm import srwm
@@ -173,10 +174,12 @@ zoo: dict[str, Model] = {
         note="a matrix: softmax attention without its norm; features to the second degree (tests/test_compound.py)",
     ),
     "dot": Model(
-        sequence_memory(features(matrix(), exponential(2)), l2(), gradient_descent(), 16, window=4),
-        "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
+        sequence_memory(
+            features(matrix(), exponential(2)), l2(), gradient_descent(), 16, gating=window_gates(), window=4
+        ),
+        "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} g_ti (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
         "ATLAS, section 4",
-        note="features checked in tests/test_compound.py; the pairs of a window weigh the same",
+        note="features checked in tests/test_compound.py, windows in tests/test_window.py",
     ),
     "deltanet": Model(
         _exact(l2(), gradient_descent()),
@@ -199,18 +202,17 @@ zoo: dict[str, Model] = {
         deep(objective="dot", residual=True),
     ),
     "swla": Model(
-        sequence_memory(matrix(), dot(), retain(decay(), gradient_descent()), 16, window=4),
-        "S_t = a_t S_{t-1} + eta_t sum_{t-c<i<=t} v_i k_i^T",
+        sequence_memory(matrix(), dot(), retain(decay(), gradient_descent()), 16, gating=window_gates(), window=4),
+        "S_t = a_t S_{t-1} + eta_t sum_{t-c<i<=t} g_ti v_i k_i^T",
         "ATLAS, table 1",
         deep(objective="dot"),
-        note="the pairs of a window weigh the same; the paper's weights are of the token",
     ),
     "omeganet": Model(
-        sequence_memory(mlp(), l2(), retain(decay(), gradient_descent()), 16, window=4),
-        "W_t = a_t W_{t-1} - eta_t sum_{t-c<i<=t} d|M(k_i) - v_i|^2/2 /dW at the chunk's first weights",
+        sequence_memory(mlp(), l2(), retain(decay(), gradient_descent()), 16, gating=window_gates(), window=4),
+        "W_t = a_t W_{t-1} - eta_t sum_{t-c<i<=t} g_ti d|M(k_i) - v_i|^2/2 /dW at the chunk's first weights",
         "ATLAS, equations 10, 11",
         deep(residual=True),
-        note="keys without polynomial features; the pairs of a window weigh the same",
+        note="keys without polynomial features, whose degree the paper does not tell",
     ),
     "titans": Model(
         sequence_memory(mlp(), l2(), _TITANS, 16),
@@ -231,10 +233,10 @@ zoo: dict[str, Model] = {
     ),
     "yaad": Model(
         yaad(),
-        "W_t = a_t W_{t-1} - eta_t (dl_2/dW where |M(k_t) - v_t| <= bound, else bound dl_1/dW)",
+        "W_t = a_t W_{t-1} - eta_t (dl_2/dW where |M(k_t) - v_t| <= b_t, else b_t dl_1/dW)",
         "Miras, equation 26",
-        miras(naive_miras.naive_yaad, bound=1.0, sharpness=10.0),
-        note="the bound is a number; the paper's is of the token",
+        miras(naive_miras.naive_yaad, names=("bound",), sharpness=10.0),
+        note="gates and bounds are one a head; the paper's one a channel",
     ),
     "memora": Model(
         memora(),
@@ -259,18 +261,34 @@ zoo: dict[str, Model] = {
     ),
     "atlas": Model(
         sequence_memory(
-            mlp(), l2(), retain(decay(), scale(newton_schulz(momentum(surprise())))), 16, read="boundary", way="stepped"
+            mlp(),
+            l2(),
+            retain(decay(), scale(newton_schulz(momentum(surprise())))),
+            16,
+            gating=window_gates(),
+            window=4,
+            read="boundary",
+            way="stepped",
         ),
-        "S <- m S - sum_chunk dl_2/dW;  W <- a W + eta NS_5(S), once a chunk",
+        "S <- m S - sum_t sum_{t-c<i<=t} g_ti dl_2(k_i, v_i)/dW over a chunk;  W <- a W + eta NS_5(S)",
         "ATLAS, equations 32, 33; once a chunk as LaCT does",
         once_a_chunk(readout=naive.naive_newton_schulz),
-        note="the window is the chunk; keys without polynomial features",
+        note="keys without polynomial features, whose degree the paper does not tell",
     ),
     "lact": Model(
-        sequence_memory(gated_mlp(), dot(), retain(row_norm(), gradient_descent()), 64, read="boundary", way="stepped"),
-        "W <- rownorm(W + sum_chunk eta_t d<M(k_t), v_t>/dW), once a chunk; rows keep their length",
+        sequence_memory(
+            gated_mlp(),
+            dot(),
+            retain(row_norm(), momentum()),
+            64,
+            gating=map_gates(unit_steps()),
+            read="boundary",
+            way="stepped",
+        ),
+        "U <- m U + sum_chunk eta_ti d<M(k_t), v_t>/dW_i;  W <- rownorm(W + U), once a chunk; rows keep their length",
         "Zhang et al. 2025 (arXiv 2505.23884)",
-        note="checked in tests/test_retention.py",
+        lact,
+        note="without the paper's window attention beside it, and without Newton-Schulz on U",
     ),
     "tnt": Model(
         tnt(),

@@ -18,10 +18,14 @@ Token = Callable[[int, int], tuple[Tensor, ...]]
 
 def _streams(p: Parameters, x: Tensor) -> Tensor:
     """The convolution of projections, n streams side by side: [t, n d]."""
-    projected, taps = x @ p["project.weight"].T, p["convolution.weight"]
+    return _convolved(p, x @ p["project.weight"].T)
+
+
+def _convolved(p: Parameters, projected: Tensor) -> Tensor:
+    taps = p["convolution.weight"]
     width = taps.shape[1]
     rows = []
-    for t in range(len(x)):
+    for t in range(len(projected)):
         inside = [taps[:, width - 1 - s] * projected[t - s] for s in range(min(width, t + 1))]
         rows.append(torch.stack(inside).sum(0))
     return torch.stack(rows)
@@ -153,12 +157,12 @@ def rwkv7(p: Parameters, x: Tensor, heads: int) -> Told:
 
 def srwm(p: Parameters, x: Tensor, heads: int) -> Told:
     """W <- W + s(b) * (W phi(q) - W phi(k)) phi(k)^T; y, q, k, b = W phi(x) before it."""
-    reads, ends = [], []
+    reads, ends, mixed = [], [], _convolved(p, x)
     for head in range(heads):
         W, each = p["start"][head], []
         d = W.shape[1]
         for t in range(len(x)):
-            told = W @ torch.softmax(_head(x[t], head, heads), -1)
+            told = W @ torch.softmax(_head(mixed[t], head, heads), -1)
             each.append(told[:d])
             value = W @ torch.softmax(told[d : 2 * d], -1)
             key = torch.softmax(told[2 * d : 3 * d], -1)

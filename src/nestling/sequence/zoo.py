@@ -140,7 +140,7 @@ zoo: dict[str, Model] = {
         "y_t, q, k, b = W_{t-1} phi(x_t);  W_t = W_{t-1} + s(b) * (W_{t-1} phi(q) - W_{t-1} phi(k)) phi(k)^T",
         "Irie et al. 2022 (arXiv 2202.05780)",
         layer(naive_layers.srwm),
-        note="this library's norm, gate and projection behind it",
+        note="this library's convolution before it, and its norm, gate and projection behind it",
     ),
     "kda": Model(
         _exact(l2(), retain_first(decay(), gradient_descent()), gating=kda_gates()),

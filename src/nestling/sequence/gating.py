@@ -57,7 +57,8 @@ class GatingModule(nn.Module):
         raise NotImplementedError
 
     def more(self, raw: Tensor) -> dict[str, Tensor]:
-        """[b, t, n] -> what else the tokens choose [b, h, t, ...], by the field of `scan.Writes` that it is."""
+        """[b, t, n] -> what else the tokens choose [b, h, t, ...], by the field of `scan.Writes` that it is; a bound as
+        so many times that of the bias."""
         return {}
 
 

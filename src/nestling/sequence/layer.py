@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nestling.memory.attentional_bias import Bounded
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 from nestling.memory.structure import Weights
@@ -111,7 +112,10 @@ class SequenceMemory(MixerModule):
             streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads)
             raw = raw.to(self.start[0].dtype)
             chosen = self.gates.choose(raw, self.step_bound)
-            more = {name: layout.cut(told, 2) for name, told in self.gates.more(raw).items()}
+            told = self.gates.more(raw)
+            if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
+                told["bound"] = told["bound"] * self.memory.attentional_bias.bound
+            more = {name: layout.cut(part, 2) for name, part in told.items()}
             cut = (layout.cut(gate, 2) for gate in chosen)  # type: ignore[arg-type]
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
@@ -120,9 +124,9 @@ class SequenceMemory(MixerModule):
             q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
 
             def one(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
-                told: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
+                here: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
                 pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
-                return step(index, piece, pairs._replace(**told), q[index], states)
+                return step(index, piece, pairs._replace(**here), q[index], states)
 
             y, states = scan(layout, states, starts, one, checkpoint=self.memory.checkpoint)
         return layout.gather(y.transpose(1, 2)).transpose(1, 2), states, tail

@@ -28,7 +28,7 @@ def yaad(bound: float = 1.0, chunk: int = 16) -> sequence_memory:
     Oracle: memory.naive_miras.naive_yaad.
     """
     rule = retain(decay(), gradient_descent())
-    return sequence_memory(_MEMORY, huber_switch(bound), rule, chunk, gating=bound_gates(start=bound))
+    return sequence_memory(_MEMORY, huber_switch(bound), rule, chunk, gating=bound_gates())
 
 
 def memora(scale: float = 1.0, chunk: int = 16) -> sequence_memory:

@@ -99,14 +99,10 @@ class window_gates(_more):
 
 @dataclass(frozen=True, repr=False)
 class bound_gates(_more):
-    """bound_t = softplus(W x_t + b), `start` at the start: each token's own, of a bias that has a bound. Yaad (Miras,
-    equation 26), whose thresholds come from the token; one a head."""
+    """bound_t = bound * softplus(W x_t + b), b such that it starts at `bound`, that of the bias: each token's own. Yaad
+    (Miras, equation 26), whose thresholds come from the token; one a head."""
 
-    start: float = 1.0
     name = "bound"
-
-    def __post_init__(self) -> None:
-        positive(self, "start")
 
     def fits(self, memory: Memory) -> None:
         self.of.fits(memory)
@@ -116,7 +112,7 @@ class bound_gates(_more):
             raise ValueError(f"{self} is for steps on one pair, not for window={memory.window}")
 
     def width(self) -> tuple[int, float]:
-        return 1, inverse_softplus(self.start)
+        return 1, inverse_softplus(1.0)
 
     def values(self, raw: Tensor) -> Tensor:
         return F.softplus(raw[..., 0])

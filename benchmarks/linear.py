@@ -4,15 +4,19 @@
 
 Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians, and
 medians of each round's ratio to attention, are reported. `plain` is the same chunk form as autograd has it, chunk
-after chunk. Results go to a file that names the machine and the commit.
+after chunk. Where flash-linear-attention is installed (a package of its own and einops; its kernels and Triton are not
+needed), the chunk references that it has in plain PyTorch are timed beside ours, at their own chunk sizes. Results go
+to a file that names the machine and the commit.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ from nestling.tasks.record import write_result
 
 BATCH, HEADS, WIDTH, CHUNK = 4, 4, 64, 64
 AIMS = {1024: 1.15, 8192: 0.5}  # of the gated delta rule's time over attention's
+REFERENCE_CHUNKS = (16, 32, 64)
+REFERENCE_AIM = 1.3  # of the reference's time at its best chunk size over the delta rule's
 
 
 def inputs(length: int) -> dict[str, Tensor]:
@@ -69,6 +75,58 @@ def cases(x: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def reference(rule: str) -> Any:
+    """flash-linear-attention's file of plain PyTorch functions for a rule, by its path: the package itself imports
+    Triton, those files do not. None where it is not installed."""
+    found = importlib.util.find_spec("fla")
+    if found is None or not found.submodule_search_locations:
+        return None
+    places = (Path(folder) / "ops" / rule / "naive.py" for folder in found.submodule_search_locations)
+    file = next((place for place in places if place.exists()), None)
+    if file is None:
+        return None
+    spec = importlib.util.spec_from_file_location(f"reference_{rule}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reference_cases(x: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    q, k, v, b, a, _ = x.values()
+    plain_delta, plain_gated = reference("delta_rule"), reference("gated_delta_rule")
+    found: dict[str, Callable[[], Tensor]] = {}
+    if plain_delta is None or plain_gated is None:
+        return found
+
+    def delta(chunk: int) -> Tensor:
+        turned = (part.transpose(1, 2) for part in (q, k, v, b))  # this one has heads first
+        return plain_delta.delta_rule_chunkwise(*turned, chunk_size=chunk)[0].transpose(1, 2)
+
+    def gated(chunk: int) -> Tensor:
+        return plain_gated.naive_chunk_gated_delta_rule(q, k, v, a, b, chunk_size=chunk)[0]
+
+    for chunk in REFERENCE_CHUNKS:
+        found[f"delta rule, reference, chunk {chunk}"] = partial(delta, chunk)
+        found[f"gated delta rule, reference, chunk {chunk}"] = partial(gated, chunk)
+    return found
+
+
+def against_reference(times: dict[str, list[float]], x: dict[str, Tensor]) -> dict[str, Any]:
+    """How many times as long the reference takes at its best chunk size, and how far the answers are apart."""
+    told: dict[str, Any] = {}
+    ours, theirs = cases(x), reference_cases(x)
+    for rule in ("delta rule", "gated delta rule"):
+        names = [name for name in theirs if name.startswith(f"{rule}, reference")]
+        if names:
+            best = min(names, key=lambda name: statistics.median(times[name]))
+            ratio = statistics.median(a / b for a, b in zip(times[best], times[rule], strict=True))
+            apart = float((ours[rule]() - theirs[best]()).detach().abs().max())
+            told[rule] = {"best": best, "times_ours": round(ratio, 3), "apart": apart, "met": ratio >= REFERENCE_AIM}
+    return told
+
+
 def both(x: dict[str, Tensor], run: Callable[[], Tensor], grad: Tensor) -> float:
     """Seconds of one forward + backward."""
     for part in x.values():
@@ -81,9 +139,10 @@ def both(x: dict[str, Tensor], run: Callable[[], Tensor], grad: Tensor) -> float
 def measured(length: int, repeats: int) -> dict[str, Any]:
     x = inputs(length)
     grad = torch.randn(BATCH, length, HEADS, WIDTH)
-    times: dict[str, list[float]] = {name: [] for name in cases(x)}
+    runs = cases(x) | reference_cases(x)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
-        for name, run in cases(x).items():
+        for name, run in runs.items():
             seconds = both(x, run, grad)
             if round_:
                 times[name].append(seconds)
@@ -97,6 +156,7 @@ def measured(length: int, repeats: int) -> dict[str, Any]:
         "cases": rows,
         "aim": aim,
         "aim_met": rows["gated delta rule"]["times_attention"] <= aim,
+        "reference": against_reference(times, x),
     }
 
 

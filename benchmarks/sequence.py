@@ -1,9 +1,12 @@
 """Tokens per second and peak memory of the mixers beside a Transformer block of the same width, in one run.
 
     python benchmarks/sequence.py [--repeats 7] [--out benchmarks/results]
+    python benchmarks/sequence.py --zoo [NAME ...] [--length 1024] [--long 16384]
 
 Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians and
-ratios are reported. Results go to a file that names the machine and the commit.
+ratios are reported. --zoo: every named model, or those given, in place of the blocks: forward + backward and peak
+memory, and the time at --long tokens over that at a quarter of them. Results go to files (sequence, zoo) that name the
+machine and the commit.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from torch.nn import functional as F
 from nestling.levels import Continuum, Reader, level
 from nestling.memory import mlp
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import self_modifying, sequence_memory
+from nestling.sequence import attention, self_modifying, sequence_memory
+from nestling.sequence.zoo import zoo
 from nestling.tasks.record import write_result
 
 DIM, HEADS, BATCH, LENGTH, CHUNK = 256, 4, 4, 1024, 64
@@ -132,7 +136,11 @@ RECOMPUTED: dict[str, Callable[[], nn.Module]] = {
         self_modifying(chunk=CHUNK, projection_chunk=CHUNK, checkpoint=True)
     ),
 }
-ALL = BLOCKS | RECOMPUTED
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    f"zoo {name}": lambda model=model: Mixed(model.mixer)  # type: ignore[misc]
+    for name, model in zoo.items()
+}
+ALL = BLOCKS | RECOMPUTED | ZOO
 
 
 def blocks(repeats: int) -> dict[str, Any]:
@@ -217,14 +225,53 @@ def learning(repeats: int) -> dict[str, float]:
     }
 
 
+def zoo_rows(names: list[str], repeats: int, length: int) -> dict[str, Any]:
+    """Forward + backward of the named models beside the Transformer block, and their peak memory."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, length, DIM)
+    built = {"transformer block": TransformerBlock()} | {name: ALL[f"zoo {name}"]() for name in names}
+    times = interleaved({name: lambda block=block: both(block, x) for name, block in built.items()}, repeats)  # type: ignore[misc]
+    rows = {}
+    for name, own in times.items():
+        case = name if name in BLOCKS else f"zoo {name}"
+        ratios = [a / b for a, b in zip(own, times["transformer block"], strict=True)]
+        rows[name] = {
+            "ms": round(1e3 * statistics.median(own), 1),
+            "times_transformer": round(statistics.median(ratios), 3),
+            "peak_mb": round(peak_mb(case, length), 1),
+        }
+    return rows
+
+
+def zoo_lengths(names: list[str], repeats: int, long: int) -> dict[str, float]:
+    """Time at length `long` over time at a quarter of it, forward, one row; of those whose state does not grow."""
+    rows, generator = {}, torch.Generator().manual_seed(0)
+    whole = torch.randn(1, long, DIM, generator=generator)
+    part = whole[:, : long // 4]
+    for name in names:
+        mixer = zoo[name].mixer
+        if isinstance(mixer, attention) and mixer.window is None:
+            continue
+        block = Mixed(mixer)
+        times = interleaved({"long": lambda: forward(block, whole), "short": lambda: forward(block, part)}, repeats)  # noqa: B023
+        rows[name] = round(statistics.median(a / b for a, b in zip(times["long"], times["short"], strict=True)), 3)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--zoo", nargs="*", metavar="NAME")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens, of the zoo's first table")
+    parser.add_argument("--long", type=int, default=16 * 1024, help="tokens, of the zoo's second table")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
+    if asked.zoo is not None:
+        measure_zoo(asked.zoo or list(zoo), asked)
+        return
     result = {
         "what": "benchmarks/sequence.py",
         "shape": {"batch": BATCH, "length": LENGTH, "dim": DIM, "heads": HEADS, "chunk": CHUNK},
@@ -235,6 +282,20 @@ def main() -> None:
         "learning": learning(asked.repeats),
     }
     write_result(asked.out, "sequence", result)
+    print(json.dumps(result, indent=2))
+
+
+def measure_zoo(names: list[str], asked: argparse.Namespace) -> None:
+    result = {
+        "what": "benchmarks/sequence.py --zoo",
+        "shape": {"batch": BATCH, "length": asked.length, "dim": DIM, "heads": HEADS},
+        "repeats": asked.repeats,
+        "threads": asked.threads,
+        "models": zoo_rows(names, asked.repeats, asked.length),
+        "long": asked.long,
+        "time_long_over_quarter": zoo_lengths(names, max(1, asked.repeats // 3), asked.long),
+    }
+    write_result(asked.out, "zoo", result)
     print(json.dumps(result, indent=2))
 
 

@@ -88,6 +88,18 @@ MUTANTS = (
     ),
     Mutant("sequence/stepped.py", "pending.gradient * share", "pending.gradient", "tests/test_zoo.py"),
     Mutant("sequence/window.py", "(age <= n)", "(age < n)", "tests/test_window.py"),
+    Mutant("sequence/window.py", "band = band * shares", "band = band + 0.0 * shares", "tests/test_window.py"),
+    Mutant("sequence/streams.py", "-SLOWEST * decayed", "-decayed", "tests/test_zoo.py"),
+    Mutant("sequence/srwm.py", "(wanted - found)", "(found - wanted)", "tests/test_zoo.py"),
+    Mutant(
+        "sequence/linear_mixer.py",
+        "select(piece.reset, start, memory)",
+        "select(piece.reset, memory, start)",
+        "tests/test_layout.py",
+    ),
+    Mutant(
+        "sequence/attention.py", "exists[each, last.clamp(min=0)] & (last >= 0)", "last >= 0", "tests/test_layout.py"
+    ),
     Mutant("sequence/layout.py", "(phase + length) % frame", "phase * 0 + length % frame", "tests/test_layout.py"),
     Mutant("sequence/convolution.py", "after = x[:, -back:]", "after = x[:, :back]", "tests/test_layout.py"),
     Mutant(

@@ -293,3 +293,10 @@ def test_starts():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_memory_too_large_to_be_meant_is_refused():
+    words = r"mlp\(residual=False\) over the 47,905 features that exponential\(degree=3\) makes of 64 channels.* GB"
+    with pytest.raises(ValueError, match=words):
+        features(mlp(residual=False), exponential(3)).init(64, 64)
+    assert features(matrix(), exponential(3)).init(64, 64)[0].shape == (64, 47_905)

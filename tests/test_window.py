@@ -19,10 +19,10 @@ from nestling.memory import (
     momentum,
     retain,
 )
-from nestling.memory.naive import Choices, naive_window
+from nestling.memory.naive import Choices, naive_stepped, naive_window
 from nestling.memory.rule import Gates
 from nestling.sequence import self_modifying, sequence_memory
-from nestling.sequence.scan import Memory, Writes
+from nestling.sequence.scan import Memory, MemoryState, Writes
 
 F64 = torch.float64
 DIM, WINDOW = 4, 3
@@ -48,13 +48,16 @@ def make(memory: Memory, length: int) -> tuple[tuple[Tensor, ...], list[Tensor]]
     return weights, [x.requires_grad_() for x in given]
 
 
-def run(memory: Memory, weights: tuple[Tensor, ...], given: list[Tensor], step: int):
+def run(
+    memory: Memory, weights: tuple[Tensor, ...], given: list[Tensor], step: int, shares: Tensor | None = None
+) -> tuple[Tensor, MemoryState]:
     state, reads = memory.begin(weights), []
     for first in range(0, given[0].shape[2], step):
         piece = [x[:, :, first : first + step] for x in given]
+        own = None if shares is None else shares[:, :, first : first + step]
         if first % memory.chunk == 0:
             state = memory.open(state, True)
-        y, state = memory.run(state, Writes(piece[0], piece[1], Gates(*piece[3:])), piece[2])
+        y, state = memory.run(state, Writes(piece[0], piece[1], Gates(*piece[3:]), shares=own), piece[2])
         reads.append(y)
     return torch.cat(reads, 2), state
 
@@ -65,6 +68,7 @@ MEMORIES = [
     (mlp(), 8, "chunk", "recurrent", "after"),
     (matrix(), 1, "token", "recurrent", "after"),
 ]
+STEPPED = (mlp(), 8, "chunk", "stepped", "boundary")
 
 
 @pytest.mark.parametrize("length", [1, 7, 30])
@@ -89,6 +93,32 @@ def test_is_the_naive_loop(structure, chunk, gradient_at, way, read, bias, rule,
     for mine, theirs in zip(found, wanted, strict=True):
         mine, theirs = (torch.zeros(()) if g is None else g for g in (mine, theirs))
         torch.testing.assert_close(mine + 0 * theirs.sum(), theirs + 0 * mine, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [1, 7, 30])
+@pytest.mark.parametrize(("structure", "chunk", "gradient_at", "way", "read"), [*MEMORIES, STEPPED])
+def test_every_pair_counts_as_the_token_says(structure, chunk, gradient_at, way, read, length):
+    memory = Memory(structure, l2(), RULES["momentum"][0], chunk, gradient_at, read, way, window=WINDOW)
+    choices = Choices(residual=isinstance(structure, mlp), chunk=chunk, read=read)
+    weights, given = make(memory, length)
+    shares = torch.rand(1, 1, length, WINDOW, dtype=F64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    y, state = run(memory, weights, given, chunk, shares)
+    oracle = naive_stepped if way == "stepped" else naive_window
+    expected = oracle(
+        *(choices, tuple(w[0, 0] for w in weights), *(x[0, 0] for x in given)), window=WINDOW, shares=shares[0, 0]
+    )
+    torch.testing.assert_close(y[0, 0], expected.reads, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(state.running, expected.weights, strict=True):
+        torch.testing.assert_close(mine[0, 0], theirs, rtol=1e-10, atol=1e-12)
+    direction = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    leaves = [*weights, *given, shares]
+    found = torch.autograd.grad(y, leaves, direction, allow_unused=True)
+    wanted = torch.autograd.grad(expected.reads, leaves, direction[0, 0], allow_unused=True)
+    for mine, theirs in zip(found, wanted, strict=True):
+        mine, theirs = (torch.zeros(()) if g is None else g for g in (mine, theirs))
+        torch.testing.assert_close(mine + 0 * theirs.sum(), theirs + 0 * mine, rtol=1e-9, atol=1e-11)
+    if length > WINDOW and read == "after":
+        assert found[-1].abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("way", ["chunked", "recurrent"])
@@ -144,8 +174,6 @@ def test_what_it_cannot_do_is_said():
         Memory(rule=retain(decay(), momentum(clip())), window=2)
     with pytest.raises(ValueError, match=r"not for delta_gradient_descent\(\) at 'token'"):
         Memory(matrix(), rule=delta_gradient_descent(), gradient_at="token", window=2)
-    with pytest.raises(ValueError, match="way='stepped'"):
-        Memory(rule=gradient_descent(), read="boundary", way="stepped", window=2)
     memory = Memory(mlp(), l2(), gradient_descent(), 8, window=2)
     weights, given = make(memory, 4)
     pairs = Writes(given[0], given[1], Gates(given[3]), bound=given[3])

@@ -1,34 +1,36 @@
 """Every named model is its oracle, is causal and goes on where it stopped, learns, and is told of truly."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from nestling import Decoder, ModelConfig, checks, zoo
 from nestling.cli import main
-from nestling.memory import Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
-from nestling.sequence import Memory, Mixer, sequence_memory
+from nestling.memory import Part, Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
+from nestling.sequence import Memory, Mixer, sequence_memory, window_gates
 from nestling.sequence.gating import gates_of
-from nestling.sequence.zoo import FAR, Model, error, size
+from nestling.sequence.named import FAR, Model, error, size
 
 ORACLES = [(name, way) for name, model in zoo.items() if model.oracle is not None for way in model.ways]
 SHORT = {"chunk": 8, "projection_chunk": 8, "segment": 8, "window": 8, "shard": 16, "local": (4, 8), "persistent": 2}
 
 
-def short(mixer: Mixer) -> Mixer:
+def short(part: Part, sizes: dict[str, Any] = SHORT) -> Any:
     """The same model with chunks that a test can cross."""
-    fields = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(mixer)}
-    changes = {name: value for name, value in SHORT.items() if name in fields and fields[name] != 1}
-    if isinstance(mixer, Memory) and mixer.window > 1:
-        changes["window"] = mixer.window
-    changes |= {name: short(value) for name, value in fields.items() if isinstance(value, Mixer)}
-    return dataclasses.replace(mixer, **changes)
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    changes = {name: value for name, value in sizes.items() if name in fields and fields[name] not in (1, None)}
+    if isinstance(part, Memory | window_gates):  # as many pairs as before
+        changes.pop("window", None)
+    changes |= {name: short(value, sizes) for name, value in fields.items() if isinstance(value, Part)}
+    return dataclasses.replace(part, **changes)
 
 
+@pytest.mark.parametrize("length", [1, 7, 63, 100])
 @pytest.mark.parametrize(("name", "way"), ORACLES)
-def test_is_its_oracle(name, way):
-    assert error(zoo[name], way) <= FAR
+def test_is_its_oracle(name, way, length):
+    assert error(zoo[name], way, length, width=4) <= FAR
 
 
 def test_a_fault_is_seen():

@@ -29,7 +29,8 @@ from nestling.levels import Reader
 from nestling.memory import Part, known, parse
 from nestling.models import Decoder, ModelConfig, generate, preset
 from nestling.models.data import from_data, to_data
-from nestling.sequence.zoo import FAR, Model, error, rows, size, zoo
+from nestling.sequence.named import FAR, Model, error, size
+from nestling.sequence.zoo import rows, zoo
 from nestling.tasks.demo import DEMO_TRAIN, DemoConfig, run_demo, shortened
 from nestling.tasks.report import print_report, write_report
 from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
@@ -68,7 +69,7 @@ class Run:
 
 
 Flat = tyro.conf.OmitArgPrefixes
-Presets = Literal["hope", "small", "tiny", "twin"]
+Presets = Literal["hope", "small", "tiny", "twin", "transformer"]
 
 
 def progress() -> Progress:

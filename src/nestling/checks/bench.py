@@ -151,7 +151,7 @@ def _spans(part: Any) -> Iterator[int]:
     """Every chunk, window and segment of an expression and of the parts in it."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if field.name in ("chunk", "projection_chunk", "window", "segment", "shard"):
+        if field.name in ("chunk", "projection_chunk", "window", "segment", "shard") and value is not None:
             yield value
         for inner in value if isinstance(value, tuple) else (value,):
             if isinstance(inner, Part):

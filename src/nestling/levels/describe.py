@@ -13,7 +13,7 @@ from nestling.memory.state import flatten
 from nestling.optim import OPTIMIZERS, RuleOptimizer
 from nestling.optim.explain import memories
 from nestling.sequence.mixer import Mixer, MixerModule
-from nestling.sequence.zoo import Model
+from nestling.sequence.named import Model
 
 from .continuum import level
 from .transfer import backpropagation, direct, direct_context, initialization

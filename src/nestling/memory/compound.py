@@ -1,5 +1,6 @@
 """Structures around structures: a layer norm, biases, feature maps of the keys."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,10 @@ class biased(_around):
 
 @dataclass(frozen=True, repr=False)
 class features(_around):
-    """M(k) = `of` at phi(k), and of queries likewise. The inner gradient never passes through phi."""
+    """M(k) = `of` at phi(k), and of queries likewise. The inner gradient never passes through phi.
+
+    Raises ValueError, when weights are made, where they would take more than 2 GiB.
+    """
 
     kind: FeatureMap = elu_plus_one()
 
@@ -140,10 +144,18 @@ class features(_around):
         *,
         unit_keys: bool = False,
     ) -> Weights:
-        return self.of.init(self.kind.width(key_dim), value_dim, leading, generator, unit_keys=unit_keys)
+        width = self.kind.width(key_dim)
+        numbers = math.prod(leading) * sum(rows * columns for rows, columns in self.of.shapes(width, value_dim))
+        if 4 * numbers > _MOST_BYTES:
+            raise ValueError(
+                f"{self.of} over the {width:,} features that {self.kind} makes of {key_dim} channels would have "
+                f"{4e-9 * numbers:,.1f} GB of weights for each row; take matrix(), a lower degree or narrower heads"
+            )
+        return self.of.init(width, value_dim, leading, generator, unit_keys=unit_keys)
 
 
 _EPS = 1e-6  # of the variance
+_MOST_BYTES = 2**31  # of start weights in float32; the state has them for every row, and writes once more
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -108,15 +108,16 @@ def naive_window(
     momentum: Tensor,
     log_retention: Tensor,
     window: int,
+    shares: Tensor | None = None,
 ) -> NaiveRun:
     """The Omega rule: each token's step is on the sum of the losses of the last `window` pairs::
 
-        g_t = sum_{t - window < i <= t} dL(k_i, v_i)/dW        at the weights on which the chunk opened, or W_{t-1}
+        g_t = sum_{t - window < i <= t} gamma_ti dL(k_i, v_i)/dW    where the chunk opened, or at W_{t-1}
         S_t = m_t S_{t-1} - eta_t g_t        dampened: (1 - m_t) eta_t g_t
         W_t = a_t W_{t-1} + S_t              or W_0 + a_t (W_{t-1} - W_0) + S_t
 
-    Arguments as of `naive_memory`; of `choices`, objective, residual, activation, decay_to, dampened, chunk and read.
-    Source: ATLAS, equations 8 to 11, with the signs of descent.
+    gamma_ti = shares[t, t - i] (None: 1). Arguments as of `naive_memory`; of `choices`, objective, residual,
+    activation, decay_to, dampened, chunk and read. Source: ATLAS, equations 8 to 11, with the signs of descent.
     """
     running, anchor, buffers, reads = list(weights), list(weights), [torch.zeros_like(w) for w in weights], []
     for t in range(keys.shape[0]):
@@ -127,7 +128,8 @@ def naive_window(
             gradient = torch.zeros_like(weights[i])
             for other in range(max(0, t - window + 1), t + 1):
                 inputs, errors = _errors(choices, tuple(anchor), keys[other], values[other])
-                gradient = gradient + torch.outer(errors[i], inputs[i])
+                gamma = 1.0 if shares is None else shares[t, t - other]
+                gradient = gradient + gamma * torch.outer(errors[i], inputs[i])
             surprise = -step_size[t] * gradient * ((1 - momentum[t]) if choices.dampened else 1.0)
             forgotten_to = weights[i] if choices.decay_to == "start" else 0.0
             buffers[i] = momentum[t] * buffers[i] + surprise
@@ -147,15 +149,18 @@ def naive_stepped(
     momentum: Tensor,
     log_retention: Tensor,
     readout: Callable[[Tensor], Tensor] | None = None,
+    window: int = 1,
+    shares: Tensor | None = None,
 ) -> NaiveRun:
     """One step for every whole chunk of `choices.chunk` tokens; a token reads what stood before its chunk::
 
-        g = sum_t eta_t dloss(M_W(k_t), v_t)/dW     over the chunk
+        g = sum_t eta_t sum_{t - window < i <= t} gamma_ti dloss(M_W(k_i), v_i)/dW     over the chunk
         S <- m S - g                   m: the mean of the chunk's; dampened: (1 - m) g
         W <- a W + S                   a: the product of the chunk's; or W_0 + a (W - W_0) + S
 
-    With a readout, S <- m S - g / eta and W <- a W + eta readout(S), eta the mean of the chunk's. Arguments as of
-    `naive_memory`; of `choices`, also objective, residual, activation and decay_to. Sources: LaCT; ATLAS 32, 33.
+    With a readout, S <- m S - g / eta and W <- a W + eta readout(S), eta the mean of the chunk's. window and shares as
+    of `naive_window`; other arguments as of `naive_memory`; of `choices`, also objective, residual, activation and
+    decay_to. Sources: LaCT; ATLAS 32, 33.
     """
     running, buffers, reads = list(weights), [torch.zeros_like(w) for w in weights], []
     for first in range(0, keys.shape[0], choices.chunk):
@@ -163,10 +168,17 @@ def naive_stepped(
         reads += [_answer(choices, tuple(running), queries[t]) for t in tokens]
         if len(tokens) < choices.chunk:
             break
-        pairs = [_errors(choices, tuple(running), keys[t], values[t]) for t in tokens]
+        reached = range(max(0, first - window + 1), tokens[-1] + 1)
+        pairs = {t: _errors(choices, tuple(running), keys[t], values[t]) for t in reached}
         m, a, eta = momentum[tokens].mean(), log_retention[tokens].sum().exp(), step_size[tokens].mean()
         for i in range(len(weights)):
-            each = [step_size[t] * torch.outer(e[i], x[i]) for t, (x, e) in zip(tokens, pairs, strict=True)]
+            each = [
+                step_size[t]
+                * (1.0 if shares is None else shares[t, t - j])
+                * torch.outer(pairs[j][1][i], pairs[j][0][i])
+                for t in tokens
+                for j in range(max(0, t - window + 1), t + 1)
+            ]
             gradient = torch.stack(each).sum(0) / (1.0 if readout is None else eta)
             forgotten_to = weights[i] if choices.decay_to == "start" else 0.0
             buffers[i] = m * buffers[i] - ((1 - m) * gradient if choices.dampened else gradient)

@@ -6,7 +6,7 @@ Nothing is shared with the fast code. Moneta, Yaad and Memora are Miras equation
 `nestling.sequence.Memory` with the parts of `nestling.memory`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ def plain_step(standing: Tensor, gradient: Tensor, step_size: Tensor, retention:
 
 def naive_miras(
     memory: Function,
-    slope: Slope,
+    slope: Slope | Sequence[Slope],
     standing: Maps,
     flow: Flow,
     *,
@@ -59,7 +59,7 @@ def naive_miras(
     """For every token: standing_t = step(standing_{t-1}, grad loss(W; k_t, v_t), eta_t, a_t), W_t = expose(standing_t).
 
     The gradient is taken at the W on which the chunk opened (chunk=1: at W_{t-1}), by W; y_t = M(q_t) at the W_t
-    after the token's own step, the one before it, or the chunk's first.
+    after the token's own step, the one before it, or the chunk's first. slope: one for all tokens, or one for each.
     """
     reads = []
     opened = standing
@@ -67,7 +67,8 @@ def naive_miras(
         if t % chunk == 0:
             opened = standing
         before = standing
-        gradients = _gradient(memory, slope, tuple(map(expose, opened)), flow.keys[t], flow.values[t])
+        own = slope[t] if isinstance(slope, Sequence) else slope
+        gradients = _gradient(memory, own, tuple(map(expose, opened)), flow.keys[t], flow.values[t])
         standing = tuple(
             step(part, gradient, flow.step_size[t], flow.retention[t])
             for part, gradient in zip(standing, gradients, strict=True)
@@ -114,18 +115,52 @@ def naive_moneta(
 
 
 def naive_yaad(
-    starts: Maps, flow: Flow, *, bound: float, sharpness: float, chunk: int, read: Literal["after", "boundary"]
+    starts: Maps, flow: Flow, *, bound: float | Tensor, sharpness: float, chunk: int, read: Literal["after", "boundary"]
 ) -> Run:
     """W_t = a_t W_{t-1} - eta_t grad l_2 where |M(k) - v|_2 <= bound, else - eta_t bound grad l_1 (equation 26).
 
-    l_2 is half the squared norm. The l_1 gradient's sign is tanh(sharpness r).
+    l_2 is half the squared norm. The l_1 gradient's sign is tanh(sharpness r). bound: one for all, or of every token.
     """
 
-    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
-        r = answer - value
-        return r if (r**2).sum() <= bound**2 else bound * torch.tanh(sharpness * r)
+    def slope(most: float | Tensor) -> Slope:
+        def own(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+            r = answer - value
+            return r if (r**2).sum() <= most**2 else most * torch.tanh(sharpness * r)
 
-    return naive_miras(residual_mlp, slope, starts, flow, chunk=chunk, read=read)
+        return own
+
+    slopes = [slope(bound[t] if isinstance(bound, Tensor) else bound) for t in range(len(flow.keys))]
+    return naive_miras(residual_mlp, slopes, starts, flow, chunk=chunk, read=read)
+
+
+def naive_lact(starts: Maps, flow: Flow, map_steps: Tensor, momentum: Tensor, *, chunk: int) -> Run:
+    """For every whole chunk, W <- rownorm(a W + U), U <- m U + sum_t eta_t s_ti d<M(k_t), v_t>/dW, rows as long as at
+    the start; M(k) = W_3 (silu(W_1 k) * (W_2 k)), m the chunk's mean, a the product, s_ti = map_steps[t, i] of map i.
+    Tokens of a chunk read what stood before it. LaCT (2505.23884).
+    """
+
+    def memory(weights: Maps, key: Tensor) -> Tensor:
+        return weights[2] @ (F.silu(weights[0] @ key) * (weights[1] @ key))
+
+    standing, moved, reads = starts, tuple(torch.zeros_like(start) for start in starts), []
+    for first in range(0, len(flow.keys), chunk):
+        tokens = range(first, min(first + chunk, len(flow.keys)))
+        reads += [memory(standing, flow.queries[t]) for t in tokens]
+        if len(tokens) < chunk:
+            break
+        gradients = [_gradient(memory, lambda r, v, k: -v, standing, flow.keys[t], flow.values[t]) for t in tokens]
+        m, a = momentum[first : first + chunk].mean(), flow.retention[first : first + chunk].prod()
+        after = []
+        for i, buffer in enumerate(moved):
+            sizes = [flow.step_size[t] * map_steps[t, i] for t in tokens]
+            after.append(m * buffer - torch.stack([s * g[i] for s, g in zip(sizes, gradients, strict=True)]).sum(0))
+        moved = tuple(after)
+        made = [a * weight + buffer for weight, buffer in zip(standing, moved, strict=True)]
+        standing = tuple(
+            weight / weight.norm(dim=1, keepdim=True) * start.norm(dim=1, keepdim=True)
+            for weight, start in zip(made, starts, strict=True)
+        )
+    return Run(torch.stack(reads), standing)
 
 
 def naive_memora(logits: Maps, flow: Flow, *, scale: float, chunk: int, read: Literal["after", "boundary"]) -> Run:

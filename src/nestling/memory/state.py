@@ -92,14 +92,14 @@ def flatten(state: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def unflatten(like: Any, flat: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """A state built like `like` from `flatten`'s dict. Raises ValueError naming a tensor that is missing or
-    whose shape does not fit."""
+    """A state built like `like` from `flatten`'s dict; what is empty in `like` may have grown. Raises ValueError naming
+    a tensor that is missing or whose shape does not fit."""
     if isinstance(like, Tensor):
         name = prefix.removesuffix(".")
         if name not in flat:
             raise ValueError(f"the state has no tensor {name!r}")
         tensor = flat[name]
-        if tensor.shape != like.shape:
+        if not _fits(tensor, like):
             raise ValueError(f"state tensor {name!r} has shape {list(tensor.shape)}, needed {list(like.shape)}")
         return tensor.to(dtype=like.dtype, device=like.device)
     if isinstance(like, tuple):
@@ -107,3 +107,8 @@ def unflatten(like: Any, flat: Mapping[str, Tensor], prefix: str = "") -> Any:
         parts = [unflatten(part, flat, f"{prefix}{name}.") for name, part in zip(names, like, strict=True)]
         return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
     return like
+
+
+def _fits(tensor: Tensor, like: Tensor) -> bool:
+    sizes = zip(tensor.shape, like.shape, strict=False)
+    return tensor.dim() == like.dim() and all(size == wanted or wanted == 0 for size, wanted in sizes)

@@ -1,11 +1,12 @@
 """What a model is, as data: the expression from which it is built, saved and explained."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nestling.levels.continuum import Level, Wiring, chain, level
-from nestling.memory import known
-from nestling.sequence import Mixer, self_modifying
+from nestling.memory import known, mlp
+from nestling.sequence import Mixer, attention, self_modifying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,13 @@ def twin(**changes: Any) -> ModelConfig:
     return replace(ModelConfig(levels=levels), **changes)
 
 
-PRESETS = {"hope": hope, "small": small, "tiny": tiny, "twin": twin}
+def transformer(**changes: Any) -> ModelConfig:
+    """The baseline: softmax attention over the whole document, and an MLP that nothing moves but training."""
+    levels = (level(math.inf, structure=mlp(expansion=4.0, residual=False)),)
+    return replace(ModelConfig(mixer=attention(window=None, convolution=1), levels=levels), **changes)
+
+
+PRESETS = {"hope": hope, "small": small, "tiny": tiny, "twin": twin, "transformer": transformer}
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:

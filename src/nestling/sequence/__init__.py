@@ -30,13 +30,25 @@ from .linear import (
     retention,
     rwkv7,
 )
+from .linear_mixer import LinearMixer, LinearState, linear_mixer
+from .lstm import LongShortTermMemory, LstmState, lstm
 from .mesa import mesa
 from .miras import memora, moneta, yaad
 from .mixer import Mixer, MixerModule
+from .pair_gates import bound_gates, map_gates, unit_steps, window_gates
 from .preparation import Preparation, bare, silu, silu_unit, unit_keys
 from .scan import Memory, MemoryState
 from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
 from .softmax import softmax_memory
+from .srwm import SelfReferential, SelfReferentialState, srwm
+from .streams import (
+    Streams,
+    comba_streams,
+    delta_product_streams,
+    hgrn2_streams,
+    mesa_streams,
+    rwkv7_streams,
+)
 from .titans import MemoryAsGate, MemoryAsLayer, TitansState, mag, mal
 from .tnt import Beside, BesideState, Shards, ShardState, beside, shards, tnt
 
@@ -48,6 +60,10 @@ __all__ = [
     "ContextState",
     "Gating",
     "Layout",
+    "LinearMixer",
+    "LinearState",
+    "LongShortTermMemory",
+    "LstmState",
     "Memory",
     "MemoryAsContext",
     "MemoryAsGate",
@@ -58,42 +74,54 @@ __all__ = [
     "Preparation",
     "SelfModifying",
     "SelfModifyingState",
+    "SelfReferential",
+    "SelfReferentialState",
     "SequenceMemory",
     "SequenceState",
     "ShardState",
     "Shards",
     "SlidingAttention",
+    "Streams",
     "TitansState",
     "attention",
     "bare",
     "beside",
+    "bound_gates",
     "caching",
     "comba",
+    "comba_streams",
     "delta_product",
+    "delta_product_streams",
     "delta_rule",
     "fixed_gates",
     "gated_delta_gates",
     "gated_delta_rule",
     "gated_linear_attention",
     "hgrn2",
+    "hgrn2_streams",
     "kda",
     "kda_gates",
     "lay_out",
     "linear_attention",
     "linear_memory",
+    "linear_mixer",
     "longhorn",
     "low_rank_gates",
+    "lstm",
     "mac",
     "mag",
     "mal",
     "mamba2",
     "mamba2_gates",
+    "map_gates",
     "memora",
     "mesa",
+    "mesa_streams",
     "moneta",
     "retention",
     "rwkv7",
     "rwkv7_gates",
+    "rwkv7_streams",
     "self_modifying",
     "sequence_memory",
     "shards",
@@ -101,7 +129,10 @@ __all__ = [
     "silu",
     "silu_unit",
     "softmax_memory",
+    "srwm",
     "tnt",
     "unit_keys",
+    "unit_steps",
+    "window_gates",
     "yaad",
 ]

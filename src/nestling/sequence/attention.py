@@ -1,4 +1,4 @@
-"""Softmax attention over a sliding window: the memory without parameters, and the baseline."""
+"""Softmax attention over a sliding window, or over all tokens: the memory without parameters, and the baseline."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,25 +15,32 @@ from .mixer import Mixer, MixerModule, check_width, linear, merge_heads, split_h
 @dataclass(frozen=True, repr=False)
 class attention(Mixer):
     """Causal softmax attention over the last `window` tokens with rotary positions: the expression of
-    `SlidingAttention`. convolution: width of the short convolution on q, k, v; 1 for none. persistent: learned tokens
-    that every query sees, whatever the window."""
+    `SlidingAttention`. window=None: over all tokens of the document, with a state that grows with it, as no other's
+    does. convolution: width of the short convolution on q, k, v; 1 for none. persistent: learned tokens that every
+    query sees, whatever the window."""
 
-    window: int = 256
+    window: int | None = 256
     convolution: int = 4
     persistent: int = 0
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"attention: window must be at least 1 token, got {self.window}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"attention: window must be at least 1 token, or None, got {self.window}")
         if self.persistent < 0:
             raise ValueError(f"attention: persistent must be at least 0 tokens, got {self.persistent}")
+
+    @property
+    def choices(self) -> tuple[str, str, str, str]:  # type: ignore[override]
+        held = "all pairs" if self.window is None else f"the last {self.window} pairs"
+        return held, "weighted l2", "none", "solved without parameters"
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SlidingAttention":
         return SlidingAttention(dim, heads, self, generator)
 
 
 class AttentionState(NamedTuple):
-    """The last window - 1 keys (not yet rotated) and values [b, h, w, k], which of them exist [b, w]."""
+    """The last window - 1 keys (not yet rotated) and values [b, h, w, k], which of them exist [b, w]. Without a window
+    w is the length of the longest row's document so far."""
 
     tail: Tensor
     keys: Tensor
@@ -62,8 +69,9 @@ class SlidingAttention(MixerModule):
 
     def init_state(self, batch: int) -> AttentionState:
         weight = self.project.weight
-        empty = weight.new_zeros(batch, self.heads, self.window - 1, weight.shape[0] // self.heads)
-        exists = torch.zeros(batch, self.window - 1, dtype=torch.bool, device=weight.device)
+        back = 0 if self.window is None else self.window - 1
+        empty = weight.new_zeros(batch, self.heads, back, weight.shape[0] // self.heads)
+        exists = torch.zeros(batch, back, dtype=torch.bool, device=weight.device)
         return AttentionState(self.convolution.init_state(batch), empty, empty, exists)
 
     def forward(
@@ -88,8 +96,9 @@ class SlidingAttention(MixerModule):
             exists = exists & ~layout.begins[:, None]
         always = None if self.persistent is None else prefix(self.persistent, self.qkv.weight, self.heads)
         y, cache = [], (state.keys, state.values, exists)
-        for first in range(0, q.shape[2], self.window):
-            at = slice(first, first + self.window)
+        block = self.window or _BLOCK
+        for first in range(0, q.shape[2], block):
+            at = slice(first, first + block)
             here, cache = self._block(
                 q[:, :, at], k[:, :, at], v[:, :, at], cache, always, layout.valid, layout.document, at
             )
@@ -108,14 +117,14 @@ class SlidingAttention(MixerModule):
         document: Tensor | None,
         at: slice,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """One block of at most `window` slots against the cache and itself."""
-        back, n = self.window - 1, q.shape[2]
+        """One block of slots, at most a window, against the cache and itself."""
+        back, n = cache[0].shape[2], q.shape[2]
         keys, values = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
         here = torch.ones(q.shape[0], n, dtype=torch.bool, device=q.device) if valid is None else valid[:, at]
         exists = torch.cat([cache[2], here], 1)
         position = torch.arange(-back, n, device=q.device)
         rows, columns = position[back:, None], position[None, :]
-        allowed = (columns <= rows) & (rows - columns < self.window)
+        allowed = (columns <= rows) & (rows - columns < (self.window or back + n))
         mask = allowed & exists[:, None]
         if document is not None:
             inside = document[:, at]
@@ -125,14 +134,31 @@ class SlidingAttention(MixerModule):
             mask = mask & (inside[:, :, None] == behind[:, None, :])
             exists = exists & (behind == behind[:, -1:])
         mask = mask | (columns == rows)  # an empty slot reads itself, so that no row of the softmax is empty
-        y = attend(q, keys, values, (position[back:], position), mask[:, None], always)
-        if valid is None:
-            return y, (keys[:, :, n:], values[:, :, n:], exists[:, n:])
-        # rows end at their own last token
-        last = valid[:, at].sum(1, keepdim=True) + torch.arange(back, device=q.device)
-        each = torch.arange(q.shape[0], device=q.device)[:, None]
-        kept = [part.transpose(1, 2)[each, last].transpose(1, 2) for part in (keys, values)]
-        return y, (kept[0], kept[1], exists[each, last])
+        alone = self.window is None and not back and valid is None and document is None and always is None
+        y = attend(q, keys, values, (position[back:], position), None if alone else mask[:, None], always)
+        return y, self._kept((keys, values, exists), back, None if valid is None else here)
+
+    def _kept(
+        self, cache: tuple[Tensor, Tensor, Tensor], back: int, here: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is remembered of the `back` tokens before a block and its own, `here` [b, n] or all of them: the last
+        window - 1, or all that exist in any row."""
+        keys, values, exists = cache
+        size = exists.shape[1]
+        keep = size if self.window is None else self.window - 1
+        if here is not None:  # rows end at their own last token
+            last = back + here.sum(1, keepdim=True) - keep + torch.arange(keep, device=exists.device)
+            each = torch.arange(len(last), device=last.device)[:, None]
+            exists = exists[each, last.clamp(min=0)] & (last >= 0)
+            last = last.clamp(min=0)
+            keys, values = (part.transpose(1, 2)[each, last].transpose(1, 2) for part in (keys, values))
+        if self.window is None:
+            keep = int(exists.any(0).long().cummax(0).values.sum())
+        first = exists.shape[1] - keep
+        return keys[:, :, first:], values[:, :, first:], exists[:, first:]
+
+
+_BLOCK = 1024  # slots of a document without a window that are attended from at once
 
 
 def prefix(tokens: Tensor, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -146,14 +172,15 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: tuple[Tensor, Tensor],
-    mask: Tensor,
+    mask: Tensor | None,
     always: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of queries [b, h, n, k] at positions [n] over keys and values [b, h, m, k] at positions [m],
-    where the mask [..., n, m] says so; and over keys and values [1, h, p, k] that every query sees `always`."""
+    where the mask [..., n, m] says so (None: where m <= n); and over keys and values [1, h, p, k] that every query sees
+    `always`."""
     turned, keys = _rotate(q, positions[0]), _rotate(keys, positions[1])
-    if always is None:
-        return F.scaled_dot_product_attention(turned, keys, values, attn_mask=mask)
+    if always is None or mask is None:
+        return F.scaled_dot_product_attention(turned, keys, values, attn_mask=mask, is_causal=mask is None)
     # a key without a position meets the query as it was before its turn, in channels of their own
     first, stands = (part.expand(len(q), -1, -1, -1) for part in always)
     keys = torch.cat([F.pad(first, (q.shape[-1], 0)), F.pad(keys, (0, q.shape[-1]))], 2)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.part import Part
-from nestling.memory.rule import Gates, Pairs, Rule, every
+from nestling.memory.rule import Gates, Pairs, Rule, dampen, every, momentum
+from nestling.memory.structure import matrix
 
 from .mixer import linear
+from .scan import Memory
 
 SLOWEST = math.exp(-0.5)  # RWKV-7's bound on -log retention
 
@@ -54,12 +56,33 @@ class GatingModule(nn.Module):
         frozen gradients allow; 1 where they are taken at every token."""
         raise NotImplementedError
 
+    def more(self, raw: Tensor) -> dict[str, Tensor]:
+        """[b, t, n] -> what else the tokens choose [b, h, t, ...], by the field of `scan.Writes` that it is; a bound as
+        so many times that of the bias."""
+        return {}
+
+
+def _has_momentum(rule: Rule) -> bool:
+    inner = getattr(rule, "of", None)
+    return isinstance(rule, momentum | dampen) or (isinstance(inner, Rule) and _has_momentum(inner))
+
 
 class Gating(Part, family=True):
     """The expression of gates."""
 
     momentum: bool = False  # is there a gate for it
     by_channel: bool = False  # has every key channel a retention of its own
+    tells: Names = ()  # the fields of `scan.Writes` that `GatingModule.more` gives
+
+    def fits(self, memory: Memory) -> None:
+        """Raises ValueError where these gates are not for such a memory."""
+        if self.by_channel and not (memory.exact and isinstance(memory.structure, matrix)):
+            raise ValueError(
+                f"{self} is for matrix() memories with gradient_at='token', not for {memory.structure} with "
+                f"gradient_at={memory.gradient_at!r}"
+            )
+        if not self.momentum and _has_momentum(memory.rule):
+            raise ValueError(f"{self} has no gate for the momentum in {memory.rule}; use sigmoid_gates()")
 
     @abstractmethod
     def build(
@@ -69,7 +92,7 @@ class Gating(Part, family=True):
         looks at; of the others none is learned."""
 
 
-def _positive(owner: Part, *names: str) -> None:
+def positive(owner: Part, *names: str) -> None:
     for name in names:
         if not getattr(owner, name) > 0:
             raise ValueError(f"{type(owner).__name__}: {name} must be > 0, got {getattr(owner, name)}")
@@ -87,7 +110,7 @@ class sigmoid_gates(Gating):
     momentum = True
 
     def __post_init__(self) -> None:
-        _positive(self, "reach")
+        positive(self, "reach")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -144,7 +167,7 @@ class fixed_gates(Gating):
     slowest: float = 5.0
 
     def __post_init__(self) -> None:
-        _positive(self, "slowest")
+        positive(self, "slowest")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -179,7 +202,7 @@ class low_rank_gates(Gating):
     by_channel = True
 
     def __post_init__(self) -> None:
-        _positive(self, "rank", "divisor")
+        positive(self, "rank", "divisor")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -200,7 +223,7 @@ class LowRankGates(GatingModule):
         return self.up(self.down(x))
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        retention = F.logsigmoid(_by_head(raw, self.heads)) / self.gating.divisor
+        retention = F.logsigmoid(by_head(raw, self.heads)) / self.gating.divisor
         nothing = torch.zeros_like(retention[..., 0])
         return Gates(nothing + bound, nothing, retention)
 
@@ -214,7 +237,7 @@ class _timed(Gating, abstract=True):
     most: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self, "least")
+        positive(self, "least")
         if self.most < self.least:
             raise ValueError(f"{type(self).__name__}: most must be >= least = {self.least}, got {self.most}")
 
@@ -255,7 +278,7 @@ class gated_delta_gates(_timed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "reach")
+        positive(self, "reach")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -276,7 +299,7 @@ class kda_gates(_timed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "reach", "rank")
+        positive(self, "reach", "rank")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -305,7 +328,7 @@ class DeltaGates(GatingModule):
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
         step, width = raw[..., : self.heads].transpose(1, 2), len(self.bias)
-        spent = _by_head(F.softplus(raw[..., -width:] + self.bias), self.heads)  # [b, h, t, k or 1]
+        spent = by_head(F.softplus(raw[..., -width:] + self.bias), self.heads)  # [b, h, t, k or 1]
         retention = -self.log_rate.exp()[:, None, None] * spent
         retention = retention if self.gating.by_channel else retention[..., 0]
         return Gates(self.gating.reach * bound * step.sigmoid(), torch.zeros_like(step), retention)
@@ -323,7 +346,7 @@ class rwkv7_gates(Gating):
     by_channel = True
 
     def __post_init__(self) -> None:
-        _positive(self, "rank")
+        positive(self, "rank")
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -348,11 +371,11 @@ class Rwkv7Gates(GatingModule):
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
         step = raw[..., : self.heads].transpose(1, 2)
-        retention = -SLOWEST * _by_head(raw[..., self.heads :], self.heads).sigmoid()
+        retention = -SLOWEST * by_head(raw[..., self.heads :], self.heads).sigmoid()
         return Gates(bound * step.sigmoid(), torch.zeros_like(step), retention)
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
+def by_head(x: Tensor, heads: int) -> Tensor:
     """[b, t, h * n] -> [b, h, t, n]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 

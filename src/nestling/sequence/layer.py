@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nestling.memory.attentional_bias import Bounded
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
-from nestling.memory.structure import Weights, matrix
+from nestling.memory.structure import Weights
 
 from .convolution import ShortConvolution
 from .gating import Gating, gates_of, sigmoid_gates
@@ -38,21 +39,10 @@ class sequence_memory(Memory, Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gating.by_channel and not (self.exact and isinstance(self.structure, matrix)):
-            raise ValueError(
-                f"{self.gating} is for matrix() memories with gradient_at='token', not for {self.structure} with "
-                f"gradient_at={self.gradient_at!r}"
-            )
-        if not self.gating.momentum and _has_momentum(self.rule):
-            raise ValueError(f"{self.gating} has no gate for the momentum in {self.rule}; use sigmoid_gates()")
+        self.gating.fits(self)
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SequenceMemory":
         return SequenceMemory(dim, heads, self, generator)
-
-
-def _has_momentum(rule: Rule) -> bool:
-    inner = getattr(rule, "of", None)
-    return isinstance(rule, momentum | dampen) or (isinstance(inner, Rule) and _has_momentum(inner))
 
 
 class SequenceMemory(MixerModule):
@@ -82,7 +72,8 @@ class SequenceMemory(MixerModule):
         self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
         self.widths = (head_dim, head_dim)
-        self.step_bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
+        bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
+        self.step_bound = bound / memory.window  # every pair is in so many steps
 
     def init_state(self, batch: int) -> SequenceState:
         weights = tuple(weight.expand(batch, *weight.shape).contiguous() for weight in self.start)
@@ -119,7 +110,12 @@ class SequenceMemory(MixerModule):
         raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
             streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads)
-            chosen = self.gates.choose(raw.to(self.start[0].dtype), self.step_bound)
+            raw = raw.to(self.start[0].dtype)
+            chosen = self.gates.choose(raw, self.step_bound)
+            told = self.gates.more(raw)
+            if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
+                told["bound"] = told["bound"] * self.memory.attentional_bias.bound
+            more = {name: layout.cut(part, 2) for name, part in told.items()}
             cut = (layout.cut(gate, 2) for gate in chosen)  # type: ignore[arg-type]
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
@@ -128,8 +124,9 @@ class SequenceMemory(MixerModule):
             q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
 
             def one(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
+                here: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
                 pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
-                return step(index, piece, pairs, q[index], states)
+                return step(index, piece, pairs._replace(**here), q[index], states)
 
             y, states = scan(layout, states, starts, one, checkpoint=self.memory.checkpoint)
         return layout.gather(y.transpose(1, 2)).transpose(1, 2), states, tail

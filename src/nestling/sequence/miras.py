@@ -7,6 +7,7 @@ from nestling.memory.rule import gradient_descent, retain
 from nestling.memory.structure import mlp
 
 from .layer import sequence_memory
+from .pair_gates import bound_gates
 
 _MEMORY = normed(mlp(residual=False, expansion=4.0))  # M(x) = x + LN(W_2 GELU(W_1 x)), in all three
 
@@ -23,10 +24,11 @@ def moneta(p: float = 3.0, q: float = 4.0, chunk: int = 16) -> sequence_memory:
 def yaad(bound: float = 1.0, chunk: int = 16) -> sequence_memory:
     """Yaad: l_2 up to a bound of the residual and l_1 beyond it, retention by decay (equation 26).
 
-    The bound is a number, where the paper makes it of the token (`scan.Writes.bound` takes such a one).
+    Every token chooses its bound, one a head where the paper has one a channel; `bound` at the start.
     Oracle: memory.naive_miras.naive_yaad.
     """
-    return sequence_memory(_MEMORY, huber_switch(bound), retain(decay(), gradient_descent()), chunk)
+    rule = retain(decay(), gradient_descent())
+    return sequence_memory(_MEMORY, huber_switch(bound), rule, chunk, gating=bound_gates())
 
 
 def memora(scale: float = 1.0, chunk: int = 16) -> sequence_memory:

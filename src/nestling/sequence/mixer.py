@@ -14,7 +14,10 @@ from nestling.memory.structure import Weights
 
 
 class Mixer(Part, family=True):
-    """The expression of a mixer: what it is made of, without its weights."""
+    """The expression of a mixer: what it is made of, without its weights. choices: Miras' four (structure, attentional
+    bias, retention, learning algorithm) in words, where they cannot be read off the parts."""
+
+    choices: tuple[str, str, str, str] | None = None
 
     @abstractmethod
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MixerModule":

@@ -108,7 +108,7 @@ class Memory:
             )
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.window > 1 and (self.way == "stepped" or (self.way == "chunked" and self._alone)):
+        if self.window > 1 and self.way == "chunked" and self._alone:
             raise ValueError(
                 f"window={self.window} has a chunked form with gradient_at='chunk' for rules that do not look at a "
                 f"map's inputs, not for {self.rule} at {self.gradient_at!r} in way={self.way!r}; use way='recurrent'"
@@ -170,6 +170,8 @@ class Memory:
             self._check_by_channel()
         if self.window > 1 and pairs.bound is not None:
             raise ValueError(f"a bound for every token is for steps on one pair, not for window={self.window}")
+        if pairs.map_steps is not None and self.way == "chunked":
+            raise ValueError(f"a step size for every map has no chunked form for {self.rule}; use way='stepped'")
         ways = {"chunked": self._chunked, "recurrent": self._recurrent, "stepped": self._stepped}
         return ways[self.way](state, pairs, queries)
 
@@ -185,7 +187,7 @@ class Memory:
             return self._by_channel(state, pairs, queries)
         recent = state.recent
         if isinstance(recent, windows.Recent):
-            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid)
+            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
             (maps, norms), recent = self._write_windows(state, pairs, joined), joined.after
         else:
             maps, norms = self._write(state, pairs)
@@ -346,20 +348,25 @@ class Memory:
         return (torch.cat(reads, -2) if reads else pairs.values), state
 
     def _stepped(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
-        inputs, errors = self._errors(self.exposed(state.anchor, state), pairs)
+        recent, band, written = state.recent, None, pairs
+        if isinstance(recent, windows.Recent):
+            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
+            written = pairs._replace(keys=joined.keys, values=joined.values)
+            band, recent = joined.band, joined.after
+        inputs, errors = self._errors(self.exposed(state.anchor, state), written)
         gates, counted = self._gates(pairs)
         rules = tuple(
-            stepped.add(pending, error, x, gates, counted)
-            for pending, error, x in zip(state.rule, errors, inputs, strict=True)
+            stepped.add(pending, error, x, gates, counted, band, pairs.map_step(i))
+            for i, (pending, error, x) in enumerate(zip(state.rule, errors, inputs, strict=True))
         )
         y = pairs.values if queries is None else self.at_anchor(state, queries)
-        return y, state._replace(rule=rules)
+        return y, state._replace(rule=rules, recent=recent)
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
         """One token by the rule itself."""
         recent = state.recent
         if isinstance(recent, windows.Recent):
-            joined = windows.join(recent, pair.keys, pair.values, None)
+            joined = windows.join(recent, pair.keys, pair.values, None, pair.shares)
             pair, recent = pair._replace(keys=joined.keys, values=joined.values), joined.after
         at, gates = state.anchor, self._gates_at(pair)
         if self.exact:
@@ -367,12 +374,14 @@ class Memory:
             at = tuple(self.rule.point(weight, rule, gates) for weight, rule in each)
         inputs, errors = self._errors(self.exposed(at, state), pair)
         if isinstance(recent, windows.Recent):
-            inside = joined.band[:, :, 0, :, None]
-            inputs, errors = (tuple(x * inside for x in of) for of in (inputs, errors))
-        running, rules = [], []
+            band = joined.band[:, :, 0, :, None]
+            inputs = tuple(torch.where(band == 0, 0.0, x) for x in inputs)  # what is outside has no norm either
+            errors = tuple(error * band for error in errors)
+        running, rules, steps = [], [], pair.map_steps
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             before = self.rule.anchor(state.rule[i]) if self.exact else state.rule[i]
-            weight, after = self.rule.step(weight, Pairs(error, x), before, gates)
+            own = gates if steps is None else gates._replace(step_size=gates.step_size * steps[..., 0, i])
+            weight, after = self.rule.step(weight, Pairs(error, x), before, own)
             running.append(weight)
             rules.append(after)
         return MemoryState(state.anchor, tuple(running), tuple(rules), recent)
@@ -388,7 +397,8 @@ class Writes(NamedTuple):
     keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
     [b, c]: slots that hold a token (None: all). own_targets: what is learned is not the value but the memory's own
     answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it
-    is known. bound [b, h, c]: each token's own, of a bias that has one.
+    is known. bound [b, h, c]: each token's own, of a bias that has one. shares [b, h, c, window]: how much each pair of
+    a token's window counts, its own first. map_steps [b, h, c, maps]: what the step size of every map is multiplied by.
     """
 
     keys: Tensor
@@ -398,13 +408,20 @@ class Writes(NamedTuple):
     own_targets: bool = False
     carry: chunks.Transfer | None = None
     bound: Tensor | None = None
+    shares: Tensor | None = None
+    map_steps: Tensor | None = None
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""
         at = slice(t, t + 1)
-        bound = None if self.bound is None else self.bound[..., at]
+        more = {name: getattr(self, name) for name in ("bound", "shares", "map_steps")}
+        more = {name: None if told is None else told[:, :, at] for name, told in more.items()}
         pair = self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
-        return pair._replace(bound=bound)
+        return pair._replace(**more)
+
+    def map_step(self, index: int) -> Tensor | float:
+        """What the step size of one map is multiplied by [b, h, c], or 1."""
+        return 1.0 if self.map_steps is None else self.map_steps[..., index]
 
     def counted(self) -> Tensor | None:
         """1 where there is a token and 0 where there is none [b, 1, c]."""

@@ -30,16 +30,28 @@ def begin(rule: Rule, weight: Tensor) -> Pending:
     return Pending(torch.zeros_like(weight), square, weight.new_zeros(*leading, 4), rule.init(weight))
 
 
-def add(pending: Pending, error: Tensor, x: Tensor, gates: Gates, counted: Tensor | None) -> Pending:
+def add(
+    pending: Pending,
+    error: Tensor,
+    x: Tensor,
+    gates: Gates,
+    counted: Tensor | None,
+    band: Tensor | None = None,
+    step: Tensor | float = 1.0,
+) -> Pending:
     """`pending` and the pairs of one piece: errors [..., c, out], inputs [..., c, in], gates [..., c] and tokens
-    that count, 1 or 0 [..., c]; all but the errors may stand for several maps (a size of one)."""
-    ones = torch.ones_like(error[..., 0])
+    that count, 1 or 0 [..., c]; all but the errors may stand for several maps (a size of one). band [..., c, pairs]:
+    what each pair counts in each token's window, where errors and inputs are of pairs. step [..., c]: of this map
+    beside the others."""
+    ones = torch.ones_like(error[..., 0]) if band is None else error.new_ones(*error.shape[:-2], band.shape[-2])
     told = ones if counted is None else ones * counted
     each = torch.stack([told, *(gate * told for gate in gates)], -1)
-    weighed = Pairs(error * each[..., 1, None], x)
+    size = (each[..., 1] * step)[..., None]  # [..., c, 1]
+    size = size if band is None else band.mT @ size
+    weighed = Pairs(error * size, x)
     inputs = pending.inputs
     if inputs is not None:
-        inputs = inputs + (x * each[..., 1, None]).mT @ x
+        inputs = inputs + (x * size).mT @ x
     return Pending(pending.gradient + weighed.dense(), inputs, pending.sums + each.sum(-2), pending.of)
 
 

@@ -1,8 +1,9 @@
 """The Omega rule: every token's step is on the pairs of the last few tokens, not on its own alone (ATLAS, equation 8)::
 
-    g_t = sum_{t-c < i <= t} grad loss(W; k_i, v_i)       all at the weights at which token t's gradient is taken
+    g_t = sum_{t-c < i <= t} gamma_ti grad loss(W; k_i, v_i)       at the weights at which token t's gradient is taken
 
-One pair is the online rule; a momentum forgets by time, a window by count. Oracle: `memory.naive.naive_window`.
+One pair is the online rule; a momentum forgets by time, a window by count, and gamma, where a token chooses it, by
+content. Oracles: `memory.naive.naive_window`, `naive_stepped`.
 """
 
 from typing import NamedTuple
@@ -33,12 +34,13 @@ class Joined(NamedTuple):
 
     keys: Tensor  # [b, h, n + c, k]
     values: Tensor  # [b, h, n + c, v]
-    band: Tensor  # 1 where the window of token t holds pair j, else 0 [b, 1, c, n + c]
+    band: Tensor  # what pair j counts in the window of token t: gamma or 1 inside, else 0 [b, h or 1, c, n + c]
     after: Recent
 
 
-def join(recent: Recent, keys: Tensor, values: Tensor, valid: Tensor | None) -> Joined:
-    """Recent pairs and those of a piece [b, h, c, .], of which `valid` [b, c] hold a token (None: all)."""
+def join(recent: Recent, keys: Tensor, values: Tensor, valid: Tensor | None, shares: Tensor | None = None) -> Joined:
+    """Recent pairs and those of a piece [b, h, c, .], of which `valid` [b, c] hold a token (None: all). shares: gamma
+    of each token's pairs, its own first [b, h, c, window]."""
     b, _, c, _ = keys.shape
     n = recent.present.shape[1]
     held = torch.ones(b, c, dtype=torch.bool, device=keys.device) if valid is None else valid
@@ -47,6 +49,9 @@ def join(recent: Recent, keys: Tensor, values: Tensor, valid: Tensor | None) -> 
     rank = torch.cat([torch.arange(-n, 0, device=keys.device).expand(b, n), held.cumsum(1) - 1], 1)
     age = rank[:, n:, None] - rank[:, None, :]
     inside = (age >= 0) & (age <= n) & present[:, None, :] & held[:, :, None]
+    band = inside[:, None].to(keys.dtype)
+    if shares is not None:
+        band = band * shares.gather(-1, age.clamp(0, n)[:, None].expand(*shares.shape[:3], -1))
     last = torch.cat([torch.arange(n, device=keys.device).expand(b, n), _compact(held) + n], 1)
     last = last.gather(1, held.sum(1, keepdim=True) + torch.arange(n, device=keys.device))
     each = torch.arange(b, device=keys.device)[:, None]
@@ -54,7 +59,7 @@ def join(recent: Recent, keys: Tensor, values: Tensor, valid: Tensor | None) -> 
         all_keys.transpose(1, 2)[each, last].transpose(1, 2),
         all_values.transpose(1, 2)[each, last].transpose(1, 2),
     )
-    return Joined(all_keys, all_values, inside[:, None].to(keys.dtype), Recent(*kept, present[each, last]))
+    return Joined(all_keys, all_values, band, Recent(*kept, present[each, last]))
 
 
 def _compact(held: Tensor) -> Tensor:

@@ -4,15 +4,10 @@ A row tells the recurrence and its source, and holds the oracle that its memory 
 recurrence, one head of one row, token by token (`memory.naive*`). What a row is made of is read off its expression.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from nestling.memory import naive, naive_linear, naive_miras
 from nestling.memory.adaptive import adam
@@ -22,281 +17,136 @@ from nestling.memory.feature import exponential, polynomial
 from nestling.memory.oja import oja
 from nestling.memory.orthogonal import newton_schulz
 from nestling.memory.retention import decay, kl, row_norm
-from nestling.memory.rule import Gates, gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
-from nestling.memory.state import flatten
+from nestling.memory.rule import gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
+from . import naive_layers
 from .attention import attention
 from .caching import caching
 from .context import mac
 from .gating import fixed_gates, gated_delta_gates, kda_gates, low_rank_gates, mamba2_gates
 from .layer import sequence_memory
+from .linear_mixer import linear_mixer
+from .lstm import lstm
 from .miras import memora, moneta, yaad
-from .mixer import Mixer
+from .named import Model
+from .oracles import deep, every_channel, lact, layer, linear, miras, once_a_chunk, ttt, written
+from .pair_gates import map_gates, unit_steps, window_gates
 from .preparation import bare, silu
-from .scan import Memory, Writes
 from .self_modifying import self_modifying
+from .srwm import srwm
+from .streams import comba_streams, delta_product_streams, hgrn2_streams, mesa_streams, rwkv7_streams
 from .titans import mag, mal
 from .tnt import tnt
-
-Maps = tuple[Tensor, ...]
-FAR = 1e-9  # of a model from its oracle, in float64
-
-
-class Flow(NamedTuple):
-    """What comes into a memory, for one head of one row: keys, queries [t, k], values [t, v], gates [t]."""
-
-    keys: Tensor
-    values: Tensor
-    queries: Tensor
-    step_size: Tensor
-    momentum: Tensor
-    log_retention: Tensor
-
-    @property
-    def retention(self) -> Tensor:
-        return self.log_retention.exp()
-
-
-Oracle = Callable[[Memory, Maps, Flow], tuple[Tensor, Maps]]
-"""(the memory, its weights, what comes in) -> reads [t, v] and the weights at the end."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A named model: its mixer, the recurrence, where it is from, and its oracle. note: where the layer is not the
-    paper's, or why no oracle is here."""
-
-    mixer: Mixer
-    equation: str
-    source: str
-    oracle: Oracle | None = None
-    note: str = ""
-
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """The ways in which it can be run, its own first."""
-        if not isinstance(self.mixer, Memory):
-            return ("its own",)
-        others = (way for way in ("chunked", "recurrent") if way != self.mixer.way and self.mixer.way != "stepped")
-        return (self.mixer.way, *(way for way in others if _legal(self.mixer, way)))
-
-    @property
-    def choices(self) -> tuple[str, str, str, str]:
-        """Miras' four: structure, attentional bias, retention, learning algorithm."""
-        return _choices(self.mixer)
-
-
-def _legal(mixer: Any, way: str) -> bool:
-    try:
-        dataclasses.replace(mixer, way=way)
-    except ValueError:
-        return False
-    return True
-
-
-def _choices(mixer: Mixer) -> tuple[str, str, str, str]:
-    if isinstance(mixer, attention):
-        return f"the last {mixer.window} pairs", "weighted l2", "none", "solved without parameters"
-    if not isinstance(mixer, Memory):
-        inner = [getattr(mixer, field.name) for field in dataclasses.fields(mixer)]  # type: ignore[arg-type]
-        found = next((_choices(part) for part in inner if isinstance(part, Mixer)), ("", "", "", ""))
-        return found
-    rule, kept = mixer.rule, "none"
-    if isinstance(mixer.rule, retain):
-        rule, kept = mixer.rule.of, f"{mixer.rule.retention}"
-    elif isinstance(mixer.rule, retain_first):
-        rule, kept = mixer.rule.of, f"{mixer.rule.retention} first"
-    told = f"{rule}" + (f" over {mixer.window} pairs" if mixer.window > 1 else "")
-    return f"{mixer.structure}", f"{mixer.attentional_bias}", kept, told
-
-
-class Size(NamedTuple):
-    """Of a mixer with one head of 64: numbers in its state, without convolution tails and what only repeats it; and
-    products counted in a forward pass, projections included, a token."""
-
-    state: int
-    flops: int
-
-
-def size(mixer: Mixer, dim: int = 64, length: int = 256) -> Size:
-    """What a mixer costs, measured on itself."""
-    module = mixer.build(dim, 1, torch.Generator().manual_seed(0))
-    told = flatten(module.init_state(1))
-    counted = {name: x.numel() for name, x in told.items() if x.is_floating_point() and "anchor" not in name}
-    with FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, length, dim))
-    tails = sum(count for name, count in counted.items() if name.split(".")[-1] == "tail")
-    return Size(sum(counted.values()) - tails, counter.get_total_flops() // length)
-
-
-def error(model: Model, way: str, length: int = 40, width: int = 6) -> float:
-    """How far a row's memory is from its oracle, in float64: the largest relative difference over reads, weights at
-    the end and the gradient of every input. nan where the row has no oracle."""
-    memory = model.mixer
-    if model.oracle is None or not isinstance(memory, Memory):
-        return float("nan")
-    memory = dataclasses.replace(memory, way=way)  # type: ignore[arg-type]
-    weights, flow = _draw(memory, length, width)
-    found = _run(memory, weights, flow)
-    expected = model.oracle(memory, weights, flow)
-    found, expected = ((y, tuple(end.detach() for end in ends)) for y, ends in (found, expected))
-    leaves = [*weights, *flow]
-    direction = torch.linspace(-1, 1, found[0].numel(), dtype=torch.float64).view(found[0].shape)
-    pairs = [(found[0].detach(), expected[0].detach()), *zip(found[1], expected[1], strict=True)]
-    mine = torch.autograd.grad(found[0], leaves, direction, allow_unused=True)
-    theirs = torch.autograd.grad(expected[0], leaves, direction, allow_unused=True)
-    zero = torch.zeros(1, dtype=torch.float64)
-    pairs += [(zero if a is None else a, zero if b is None else b) for a, b in zip(mine, theirs, strict=True)]
-    return max(float((a - b).abs().max() / (1e-12 + b.abs().max())) for a, b in pairs)
-
-
-def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(length, *shape, dtype=torch.float64, generator=generator)
-
-    start = memory.structure.init(width, width, (), generator, unit_keys=True)
-    weights = tuple(weight.double().requires_grad_() for weight in start)
-    keys, queries = F.normalize(normal(width), dim=-1), F.normalize(normal(width), dim=-1)
-    step_size = (0.9 if memory.exact else 0.05) * normal().sigmoid()
-    by_channel = isinstance(memory, sequence_memory) and memory.gating.by_channel
-    retention = F.logsigmoid(normal(*[width] * by_channel) + 3)
-    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention)
-    return weights, Flow(*(part.requires_grad_() for part in flow))
-
-
-def _run(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-    keys, values, queries, *gates = (part[None, None] for part in flow)
-    state, reads = memory.begin(tuple(weight[None, None] for weight in weights)), []
-    for first in range(0, keys.shape[2], memory.chunk):
-        at = slice(first, first + memory.chunk)
-        state = memory.open(state, True)
-        pairs = Writes(keys[:, :, at], values[:, :, at], Gates(*(gate[:, :, at] for gate in gates)))
-        y, state = memory.run(state, pairs, queries[:, :, at])
-        reads.append(y)
-    return torch.cat(reads, 2)[0, 0], tuple(weight[0, 0] for weight in memory.exposed(state.running, state))
-
-
-def _linear(recurrence: Callable[[Flow, Tensor], tuple[Tensor, Tensor]]) -> Oracle:
-    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        reads, state = recurrence(flow, weights[0])
-        return reads, (state,)
-
-    return oracle
-
-
-def _deep(**told: Any) -> Oracle:
-    """`naive_memory`, or the Omega rule, with these choices and the memory's own chunk and reads."""
-
-    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        choices = naive.Choices(chunk=1 if memory.exact else memory.chunk, read=memory.read, **told)
-        given = (choices, weights, flow.keys, flow.values, flow.queries, flow.step_size)
-        if memory.window > 1:
-            still = flow.momentum if "momentum" in str(memory.rule) else torch.zeros_like(flow.momentum)
-            run = naive.naive_window(*given, still, flow.log_retention, memory.window)
-        else:
-            run = naive.naive_memory(
-                *given,
-                flow.momentum if "momentum" in str(memory.rule) else None,
-                flow.log_retention if isinstance(memory.rule, retain) else None,
-            )
-        return run.reads, run.weights
-
-    return oracle
-
-
-def _once_a_chunk(**told: Any) -> Oracle:
-    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        choices = naive.Choices(chunk=memory.chunk, read=memory.read, residual=True)
-        given = (weights, flow.keys, flow.values, flow.queries, flow.step_size, flow.momentum, flow.log_retention)
-        run = naive.naive_stepped(choices, *given, **told)
-        return run.reads, run.weights
-
-    return oracle
-
-
-def _ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
-    """M(k) = k + LN(recurrence(W, k)) toward v: `normed` and the residual target of TTT."""
-
-    def function(weights: Maps, key: Tensor) -> Tensor:
-        inner = recurrence(weights, key)
-        return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
-
-    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, torch.ones_like(flow.retention))
-        how: dict[str, Any] = {"chunk": memory.chunk, "read": memory.read}
-        run = naive_miras.naive_miras(function, lambda read, value, key: read - (value - key), weights, given, **how)
-        return run.reads, run.standing
-
-    return oracle
-
-
-def _miras(run: Callable[..., naive_miras.Run], **told: Any) -> Oracle:
-    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
-        found = run(weights, given, chunk=memory.chunk, read=memory.read, **told)
-        return found.reads, found.standing
-
-    return oracle
 
 
 def _exact(bias: Any, rule: Any, structure: Any = matrix(), **around: Any) -> sequence_memory:
     return sequence_memory(structure, bias, rule, gradient_at="token", **around)
 
 
-def _written(flow: Flow) -> Tensor:
-    return flow.step_size[:, None] * flow.values
-
-
-def _every_channel(flow: Flow) -> Tensor:
-    return flow.retention[:, None].expand_as(flow.keys)
-
-
 _DECAYED = retain(decay(), gradient_descent())
 _TITANS = retain(decay(), momentum())
 
 zoo: dict[str, Model] = {
+    "lstm": Model(
+        lstm(),
+        "c_t = f_t c_{t-1} + i_t g_t;  y_t = o_t tanh(c_t), gates of x_t and y_{t-1}",
+        "Hochreiter and Schmidhuber 1997",
+        layer(naive_layers.lstm),
+        note="as wide as the model; it has no heads",
+    ),
+    "transformer": Model(
+        attention(window=None, convolution=1),
+        "softmax_attention without a convolution, then x + MLP(norm x), a level that never learns: preset transformer",
+        "Vaswani et al. 2017, with rotary positions (Su et al. 2021)",
+        layer(naive_layers.attention),
+        note="the state grows by 2 d numbers a token",
+    ),
+    "softmax_attention": Model(
+        attention(window=None),
+        "y_t = sum_i exp(q_t.k_i / sqrt d) v_i / sum_i exp(q_t.k_i / sqrt d), all i <= t",
+        "Miras 3; Nested Learning 62, 63",
+        layer(naive_layers.attention),
+        note="the state grows by 2 d numbers a token",
+    ),
     "sliding_window_attention": Model(
         attention(),
         "y_t = sum_i exp(q_t.k_i / sqrt d) v_i / sum_i exp(q_t.k_i / sqrt d), the last `window` i",
         "Miras 3; Nested Learning 62, 63",
-        note="checked against scaled_dot_product_attention in tests/test_identities.py",
+        lambda mixer, *given: naive_layers.windowed(mixer.window, *given),
     ),
     "linear_attention": Model(
         _exact(dot(), gradient_descent()),
         "S_t = S_{t-1} + eta_t v_t k_t^T",
         "Katharopoulos et al. 2020; Nested Learning 64",
-        _linear(
-            lambda f, s: naive_linear.naive_linear_attention(f.queries, f.keys, f.step_size[:, None] * f.values, s)
-        ),
+        linear(lambda f, s: naive_linear.naive_linear_attention(f.queries, f.keys, f.step_size[:, None] * f.values, s)),
     ),
     "retnet": Model(
         _exact(dot(), _DECAYED, gating=fixed_gates(), preparation=bare()),
         "S_t = a_h S_{t-1} + v_t k_t^T,  a_h = 1 - 2^(-5-h) of head h",
         "Sun et al. 2023 (arXiv 2307.08621)",
-        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), _every_channel(f), s)),
+        linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, written(f), every_channel(f), s)),
         note="without the rotation of queries and keys",
     ),
     "mamba2": Model(
         _exact(dot(), _DECAYED, gating=mamba2_gates(), preparation=silu()),
         "S_t = a_t S_{t-1} + D_t v_t k_t^T,  log a_t = -exp(A) D_t,  D_t = softplus(w.x_t + b)",
         "Dao and Gu 2024 (arXiv 2405.21060)",
-        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), _every_channel(f), s)),
+        linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, written(f), every_channel(f), s)),
         note="keys and queries of their own for every head; gates against their formulas in tests/test_gating.py",
     ),
     "gla": Model(
         _exact(dot(), _DECAYED, gating=low_rank_gates(), preparation=bare()),
         "S_t = S_{t-1} Diag(a_t) + v_t k_t^T,  log a_t = logsigmoid(W_2 W_1 x_t + b) / 16",
         "Yang et al. 2024 (arXiv 2312.06635)",
-        _linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, _written(f), f.retention, s)),
+        linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, written(f), f.retention, s)),
+    ),
+    "hgrn2": Model(
+        linear_mixer(hgrn2_streams()),
+        "S_t = S_{t-1} Diag(a_t) + v_t (1 - a_t)^T,  a_t = g + (1 - g) sigmoid(W x_t)",
+        "Qin et al. 2024 (arXiv 2404.07904)",
+        layer(naive_layers.hgrn2),
+        note="g is learned in every layer alone; the paper's rise with depth",
+    ),
+    "delta_product": Model(
+        linear_mixer(delta_product_streams()),
+        "S_t = a_t S_{t-1} prod_j (I - eta_tj k_tj k_tj^T), each with its write eta_tj v_tj k_tj^T",
+        "Siems et al. 2025 (arXiv 2502.10297)",
+        layer(naive_layers.delta_product),
+    ),
+    "rwkv7": Model(
+        linear_mixer(rwkv7_streams(), convolution=2),
+        "S_t = S_{t-1} (Diag(w_t) - r_t (eta_t * r_t)^T) + v_t k_t^T, r_t of length one",
+        "Peng et al. 2025 (arXiv 2503.14456)",
+        layer(naive_layers.rwkv7),
+        note="tokens are shifted by the convolution; no values from the first layer; this library's output gate",
+    ),
+    "comba": Model(
+        linear_mixer(comba_streams()),
+        "S_t = a_t S_{t-1} - eta_t (S_{t-1} p_t) k_t^T + eta_t v_t k_t^T, p_t = sigmoid(d) k_t, read for q_t - D p_t",
+        "Hu et al. 2025 (arXiv 2506.02475)",
+        layer(naive_layers.comba),
+        note="the erase reads the memory before it has decayed, as the paper's kernels do",
+    ),
+    "mesa": Model(
+        linear_mixer(mesa_streams()),
+        "y_t = argmin_W sum_i w_ti |W k_i - v_i|^2 + |W sqrt r|^2, at q_t: solved at every token",
+        "von Oswald et al. 2025 (arXiv 2506.05233)",
+        layer(naive_layers.mesa),
+        note="by 30 conjugate gradient steps",
+    ),
+    "srwm": Model(
+        srwm(),
+        "y_t, q, k, b = W_{t-1} phi(x_t);  W_t = W_{t-1} + s(b) * (W_{t-1} phi(q) - W_{t-1} phi(k)) phi(k)^T",
+        "Irie et al. 2022 (arXiv 2202.05780)",
+        layer(naive_layers.srwm),
+        note="this library's convolution before it, and its norm, gate and projection behind it",
     ),
     "kda": Model(
         _exact(l2(), retain_first(decay(), gradient_descent()), gating=kda_gates()),
         "S_t = S_{t-1} Diag(a_t) (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
         "Kimi Linear 2025 (arXiv 2510.26692)",
-        _linear(
+        linear(
             lambda f, s: naive_linear.naive_gated_delta_rule(f.queries, f.keys, f.values, f.step_size, f.retention, s)
         ),
     ),
@@ -304,7 +154,7 @@ zoo: dict[str, Model] = {
         _exact(l2(), normalize(gradient_descent())),
         "S_t = argmin |S - S_{t-1}|^2 + eta_t |S k_t - v_t|^2",
         "Liu et al. 2024 (arXiv 2407.14207), exact where its kernel is diagonal",
-        _linear(
+        linear(
             lambda f, s: naive_linear.naive_longhorn(
                 f.queries, f.keys, f.values, f.step_size[:, None].expand_as(f.values), s
             )
@@ -324,22 +174,24 @@ zoo: dict[str, Model] = {
         note="a matrix: softmax attention without its norm; features to the second degree (tests/test_compound.py)",
     ),
     "dot": Model(
-        sequence_memory(features(matrix(), exponential(2)), l2(), gradient_descent(), 16, window=4),
-        "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
+        sequence_memory(
+            features(matrix(), exponential(2)), l2(), gradient_descent(), 16, gating=window_gates(), window=4
+        ),
+        "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} g_ti (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
         "ATLAS, section 4",
-        note="features checked in tests/test_compound.py; the pairs of a window weigh the same",
+        note="features checked in tests/test_compound.py, windows in tests/test_window.py",
     ),
     "deltanet": Model(
         _exact(l2(), gradient_descent()),
         "S_t = S_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
         "Schlag et al. 2021; Yang et al. 2024; Nested Learning 65",
-        _linear(lambda f, s: naive_linear.naive_delta_rule(f.queries, f.keys, f.values, f.step_size, s)),
+        linear(lambda f, s: naive_linear.naive_delta_rule(f.queries, f.keys, f.values, f.step_size, s)),
     ),
     "gated_deltanet": Model(
         _exact(l2(), retain_first(decay(), gradient_descent()), gating=gated_delta_gates()),
         "S_t = a_t S_{t-1} (I - eta_t k_t k_t^T) + eta_t v_t k_t^T",
         "Yang et al. 2025 (arXiv 2412.06464)",
-        _linear(
+        linear(
             lambda f, s: naive_linear.naive_gated_delta_rule(f.queries, f.keys, f.values, f.step_size, f.retention, s)
         ),
     ),
@@ -347,27 +199,26 @@ zoo: dict[str, Model] = {
         sequence_memory(mlp(), dot(), retain(decay(), gradient_descent()), 16),
         "W_t = a_t W_{t-1} + eta_t d<M(k_t), v_t>/dW at the chunk's first weights",
         "ATLAS (arXiv 2505.23735)",
-        _deep(objective="dot", residual=True),
+        deep(objective="dot", residual=True),
     ),
     "swla": Model(
-        sequence_memory(matrix(), dot(), retain(decay(), gradient_descent()), 16, window=4),
-        "S_t = a_t S_{t-1} + eta_t sum_{t-c<i<=t} v_i k_i^T",
+        sequence_memory(matrix(), dot(), retain(decay(), gradient_descent()), 16, gating=window_gates(), window=4),
+        "S_t = a_t S_{t-1} + eta_t sum_{t-c<i<=t} g_ti v_i k_i^T",
         "ATLAS, table 1",
-        _deep(objective="dot"),
-        note="the pairs of a window weigh the same; the paper's weights are of the token",
+        deep(objective="dot"),
     ),
     "omeganet": Model(
-        sequence_memory(mlp(), l2(), retain(decay(), gradient_descent()), 16, window=4),
-        "W_t = a_t W_{t-1} - eta_t sum_{t-c<i<=t} d|M(k_i) - v_i|^2/2 /dW at the chunk's first weights",
+        sequence_memory(mlp(), l2(), retain(decay(), gradient_descent()), 16, gating=window_gates(), window=4),
+        "W_t = a_t W_{t-1} - eta_t sum_{t-c<i<=t} g_ti d|M(k_i) - v_i|^2/2 /dW at the chunk's first weights",
         "ATLAS, equations 10, 11",
-        _deep(residual=True),
-        note="keys without polynomial features; the pairs of a window weigh the same",
+        deep(residual=True),
+        note="keys without polynomial features, whose degree the paper does not tell",
     ),
     "titans": Model(
         sequence_memory(mlp(), l2(), _TITANS, 16),
         "S_t = m_t S_{t-1} - eta_t d|M(k_t) - v_t|^2/2 /dW;  W_t = a_t W_{t-1} + S_t",
         "Behrouz et al. 2025 (arXiv 2501.00663), equations 9 to 14",
-        _deep(residual=True),
+        deep(residual=True),
         note="the layer's own default rule bounds and averages its steps (docs/papers.md)",
     ),
     "titans_mac": Model(mac(), "memory as context", "Titans 21 to 25", note="oracle in tests/test_titans.py"),
@@ -377,51 +228,67 @@ zoo: dict[str, Model] = {
         moneta(),
         "A_t = a_t A_{t-1} - eta_t d|M(k_t) - v_t|_3^3/dW;  W = A / |A|_4^2",
         "Miras (arXiv 2504.13173), equations 24, 25",
-        _miras(naive_miras.naive_moneta, p=3.0, q=4.0, sharpness=10.0),
+        miras(naive_miras.naive_moneta, p=3.0, q=4.0, sharpness=10.0),
         note="gates are one a head; the paper's one a channel",
     ),
     "yaad": Model(
         yaad(),
-        "W_t = a_t W_{t-1} - eta_t (dl_2/dW where |M(k_t) - v_t| <= bound, else bound dl_1/dW)",
+        "W_t = a_t W_{t-1} - eta_t (dl_2/dW where |M(k_t) - v_t| <= b_t, else b_t dl_1/dW)",
         "Miras, equation 26",
-        _miras(naive_miras.naive_yaad, bound=1.0, sharpness=10.0),
-        note="the bound is a number; the paper's is of the token",
+        miras(naive_miras.naive_yaad, names=("bound",), sharpness=10.0),
+        note="gates and bounds are one a head; the paper's one a channel",
     ),
     "memora": Model(
         memora(),
         "W_t = softmax(a_t log W_{t-1} - eta_t dl_2/dW), row by row",
         "Miras, equation 27",
-        _miras(naive_miras.naive_memora, scale=1.0),
+        miras(naive_miras.naive_memora, scale=1.0),
         note="gates are one a head; the learned starts are the logits",
     ),
     "ttt_linear": Model(
         sequence_memory(normed(matrix()), residual_l2(), gradient_descent(), 16),
         "W_t = W_{t-1} - eta_t d|k_t + LN(W k_t) - v_t|^2/2 /dW at the chunk's first weights",
         "Sun et al. 2024 (arXiv 2407.04620)",
-        _ttt(lambda w, k: w[0] @ k),
+        ttt(lambda w, k: w[0] @ k),
         note="LN without a scale, no bias, steps as the layer chooses them",
     ),
     "ttt_mlp": Model(
         sequence_memory(normed(mlp(residual=False, expansion=4.0)), residual_l2(), gradient_descent(), 16),
         "as ttt_linear, W k replaced by W_2 GELU(W_1 k)",
         "Sun et al. 2024",
-        _ttt(lambda w, k: w[1] @ F.gelu(w[0] @ k)),
+        ttt(lambda w, k: w[1] @ F.gelu(w[0] @ k)),
         note="as ttt_linear",
     ),
     "atlas": Model(
         sequence_memory(
-            mlp(), l2(), retain(decay(), scale(newton_schulz(momentum(surprise())))), 16, read="boundary", way="stepped"
+            mlp(),
+            l2(),
+            retain(decay(), scale(newton_schulz(momentum(surprise())))),
+            16,
+            gating=window_gates(),
+            window=4,
+            read="boundary",
+            way="stepped",
         ),
-        "S <- m S - sum_chunk dl_2/dW;  W <- a W + eta NS_5(S), once a chunk",
+        "S <- m S - sum_t sum_{t-c<i<=t} g_ti dl_2(k_i, v_i)/dW over a chunk;  W <- a W + eta NS_5(S)",
         "ATLAS, equations 32, 33; once a chunk as LaCT does",
-        _once_a_chunk(readout=naive.naive_newton_schulz),
-        note="the window is the chunk; keys without polynomial features",
+        once_a_chunk(readout=naive.naive_newton_schulz),
+        note="keys without polynomial features, whose degree the paper does not tell",
     ),
     "lact": Model(
-        sequence_memory(gated_mlp(), dot(), retain(row_norm(), gradient_descent()), 64, read="boundary", way="stepped"),
-        "W <- rownorm(W + sum_chunk eta_t d<M(k_t), v_t>/dW), once a chunk; rows keep their length",
+        sequence_memory(
+            gated_mlp(),
+            dot(),
+            retain(row_norm(), momentum()),
+            64,
+            gating=map_gates(unit_steps()),
+            read="boundary",
+            way="stepped",
+        ),
+        "U <- m U + sum_chunk eta_ti d<M(k_t), v_t>/dW_i;  W <- rownorm(W + U), once a chunk; rows keep their length",
         "Zhang et al. 2025 (arXiv 2505.23884)",
-        note="checked in tests/test_retention.py",
+        lact,
+        note="without the paper's window attention beside it, and without Newton-Schulz on U",
     ),
     "tnt": Model(
         tnt(),

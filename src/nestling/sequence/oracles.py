@@ -1,0 +1,206 @@
+"""What a named model is held against: its paper's recurrence, for one head of one row, and how far it is from that."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.memory import naive, naive_miras
+from nestling.memory.rule import Gates, retain
+from nestling.memory.state import flatten
+
+from .layer import sequence_memory
+from .mixer import Mixer
+from .naive_layers import Parameters, Told
+from .scan import Memory, Writes
+
+Maps = tuple[Tensor, ...]
+
+
+class Flow(NamedTuple):
+    """What comes into a memory, for one head of one row: keys, queries [t, k], values [t, v], gates [t]; and what a
+    gating may tell beside them: shares of a window's pairs [t, window], a bound [t], a step for each map [t, maps]."""
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    step_size: Tensor
+    momentum: Tensor
+    log_retention: Tensor
+    shares: Tensor
+    bound: Tensor
+    map_steps: Tensor
+
+    @property
+    def retention(self) -> Tensor:
+        return self.log_retention.exp()
+
+
+Oracle = Callable[[Memory, Maps, Flow], tuple[Tensor, Maps]]
+"""(the memory, its weights, what comes in) -> reads [t, v] and the weights at the end."""
+
+LayerOracle = Callable[[Any, Parameters, Tensor, int], Told]
+"""(the mixer, the layer's parameters, tokens [t, d], heads) -> y [t, d] and what it remembers, by name."""
+
+
+def memory_error(memory: Memory, oracle: Oracle, length: int, width: int) -> float:
+    """How far a memory is from its oracle, in float64: the largest relative difference over reads, weights at the end
+    and the gradient of every input."""
+    weights, flow = _draw(memory, length, width)
+    found = _run(memory, weights, flow)
+    expected = oracle(memory, weights, flow)
+    return _apart(*found, *expected, [*weights, *flow])
+
+
+def layer_error(mixer: Mixer, oracle: LayerOracle, length: int, width: int) -> float:
+    """`memory_error` of a whole layer with two heads: over y, what it remembers and the gradients of x and of every
+    parameter, none of which is at its neutral start."""
+    less = {name: few for name, few in (("chunk", 16), ("window", 8)) if getattr(mixer, name, None) is not None}
+    mixer = dataclasses.replace(mixer, **less)  # type: ignore[type-var]
+    generator = torch.Generator().manual_seed(0)
+    layer = mixer.build(2 * width, 2, generator).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+    x = torch.randn(length, 2 * width, dtype=torch.float64, generator=generator).requires_grad_()
+    y, state = layer(x[None])
+    expected, kept = oracle(mixer, dict(layer.named_parameters()), x, 2)
+    told = {name: tensor[0] for name, tensor in flatten(state).items()}
+    ends = tuple(told[name] for name in kept)
+    return _apart(y[0], ends, expected, tuple(kept.values()), [x, *layer.parameters()])
+
+
+def _apart(y: Tensor, ends: Maps, expected: Tensor, wanted: Maps, leaves: list[Tensor]) -> float:
+    direction = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    pairs = [(y.detach(), expected.detach()), *((a.detach(), b.detach()) for a, b in zip(ends, wanted, strict=True))]
+    mine = torch.autograd.grad(y, leaves, direction, allow_unused=True)
+    theirs = torch.autograd.grad(expected, leaves, direction, allow_unused=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    pairs += [(zero if a is None else a, zero if b is None else b) for a, b in zip(mine, theirs, strict=True)]
+    least = 1e-6 * max(float(b.abs().max()) for _, b in pairs)  # of what only rounding keeps from zero
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=least)) for a, b in pairs)
+
+
+def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(length, *shape, dtype=torch.float64, generator=generator)
+
+    start = memory.structure.init(width, width, (), generator, unit_keys=True)
+    weights = tuple(weight.double().requires_grad_() for weight in start)
+    keys, queries = F.normalize(normal(width), dim=-1), F.normalize(normal(width), dim=-1)
+    step_size = (0.9 if memory.exact else 0.05) * normal().sigmoid()
+    by_channel = isinstance(memory, sequence_memory) and memory.gating.by_channel
+    retention = F.logsigmoid(normal(*[width] * by_channel) + 3)
+    told = normal(memory.window).sigmoid(), 1.0 + normal().sigmoid(), normal(len(weights)).sigmoid()
+    flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention, *told)
+    return weights, Flow(*(part.requires_grad_() for part in flow))
+
+
+def _run(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+    keys, values, queries, *gates = (part[None, None] for part in flow[:6])
+    told = {name: getattr(flow, name)[None, None] for name in _tells(memory)}
+    state, reads = memory.begin(tuple(weight[None, None] for weight in weights)), []
+    for first in range(0, keys.shape[2], memory.chunk):
+        at = slice(first, first + memory.chunk)
+        state = memory.open(state, True)
+        pairs = Writes(keys[:, :, at], values[:, :, at], Gates(*(gate[:, :, at] for gate in gates)))
+        pairs = pairs._replace(**{name: part[:, :, at] for name, part in told.items()})
+        y, state = memory.run(state, pairs, queries[:, :, at])
+        reads.append(y)
+    return torch.cat(reads, 2)[0, 0], tuple(weight[0, 0] for weight in memory.exposed(state.running, state))
+
+
+def _tells(memory: Memory) -> tuple[str, ...]:
+    return memory.gating.tells if isinstance(memory, sequence_memory) else ()
+
+
+def layer(run: Callable[[Parameters, Tensor, int], Told]) -> LayerOracle:
+    """One that needs to know no option of the mixer."""
+    return lambda mixer, parameters, x, heads: run(parameters, x, heads)
+
+
+def linear(recurrence: Callable[[Flow, Tensor], tuple[Tensor, Tensor]]) -> Oracle:
+    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        reads, state = recurrence(flow, weights[0])
+        return reads, (state,)
+
+    return oracle
+
+
+def deep(**told: Any) -> Oracle:
+    """`naive_memory`, or the Omega rule, with these choices and the memory's own chunk and reads."""
+
+    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        choices = naive.Choices(chunk=1 if memory.exact else memory.chunk, read=memory.read, **told)
+        given = (choices, weights, flow.keys, flow.values, flow.queries, flow.step_size)
+        if memory.window > 1:
+            still = flow.momentum if "momentum" in str(memory.rule) else torch.zeros_like(flow.momentum)
+            shares = flow.shares if "shares" in _tells(memory) else None
+            run = naive.naive_window(*given, still, flow.log_retention, memory.window, shares)
+        else:
+            run = naive.naive_memory(
+                *given,
+                flow.momentum if "momentum" in str(memory.rule) else None,
+                flow.log_retention if isinstance(memory.rule, retain) else None,
+            )
+        return run.reads, run.weights
+
+    return oracle
+
+
+def once_a_chunk(**told: Any) -> Oracle:
+    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        choices = naive.Choices(chunk=memory.chunk, read=memory.read, residual=True)
+        given = (weights, flow.keys, flow.values, flow.queries, flow.step_size, flow.momentum, flow.log_retention)
+        shares = flow.shares if "shares" in _tells(memory) else None
+        run = naive.naive_stepped(choices, *given, window=memory.window, shares=shares, **told)
+        return run.reads, run.weights
+
+    return oracle
+
+
+def ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
+    """M(k) = k + LN(recurrence(W, k)) toward v: `normed` and the residual target of TTT."""
+
+    def function(weights: Maps, key: Tensor) -> Tensor:
+        inner = recurrence(weights, key)
+        return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
+
+    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, torch.ones_like(flow.retention))
+        how: dict[str, Any] = {"chunk": memory.chunk, "read": memory.read}
+        run = naive_miras.naive_miras(function, lambda read, value, key: read - (value - key), weights, given, **how)
+        return run.reads, run.standing
+
+    return oracle
+
+
+def lact(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+    given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
+    run = naive_miras.naive_lact(weights, given, flow.map_steps, flow.momentum, chunk=memory.chunk)
+    return run.reads, run.standing
+
+
+def miras(run: Callable[..., naive_miras.Run], *, names: tuple[str, ...] = (), **told: Any) -> Oracle:
+    """names: what it is given of the flow beside keys, values, queries and gates."""
+
+    def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        more = {name: getattr(flow, name) for name in names}
+        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
+        found = run(weights, given, chunk=memory.chunk, read=memory.read, **told, **more)
+        return found.reads, found.standing
+
+    return oracle
+
+
+def written(flow: Flow) -> Tensor:
+    return flow.step_size[:, None] * flow.values
+
+
+def every_channel(flow: Flow) -> Tensor:
+    return flow.retention[:, None].expand_as(flow.keys)

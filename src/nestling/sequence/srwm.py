@@ -1,0 +1,104 @@
+"""The self-referential weight matrix: one matrix answers, makes its own keys and step sizes, and rewrites itself."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nestling.memory.state import select
+
+from .convolution import ShortConvolution
+from .layout import lay_out
+from .mixer import Mixer, MixerModule, Output, check_width, split_heads
+
+
+@dataclass(frozen=True, repr=False)
+class srwm(Mixer):
+    """The expression of `SelfReferential`. step: what a step size is at the start, between 0 and 1. convolution: its
+    width, before the matrix; 1 for none."""
+
+    step: float = 0.5
+    convolution: int = 4
+    choices = "matrix that makes its own keys and values", "l2()", "none", "gradient_descent()"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < 1:
+            raise ValueError(f"srwm: step must be between 0 and 1, got {self.step}")
+
+    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SelfReferential":
+        return SelfReferential(dim, heads, self, generator)
+
+
+class SelfReferentialState(NamedTuple):
+    """The convolution's last inputs [b, width - 1, d], and the matrix as it stands [b, h, 3 k + 4, k]: rows for
+    answers, queries, keys, step sizes."""
+
+    tail: Tensor
+    memory: Tensor
+
+
+class SelfReferential(MixerModule):
+    """y, q, k, b = W_{t-1} phi(x_t);  W_t = W_{t-1} + s(b) * (W_{t-1} phi(q) - W_{t-1} phi(k)) phi(k)^T.
+
+    phi is a softmax over a head's channels, s a sigmoid; of the four step sizes each is for the rows of one of y, q, k
+    and b. The delta rule, with a value that the matrix answers itself: y_t is read before the write. Each token's keys
+    come from the matrix that the last one left, so that it runs token by token. Irie et al. 2022 (arXiv 2202.05780),
+    equations 5 to 8; here the bias of a step size is a parameter of its own, and a convolution stands before it, norm,
+    gate and output projection behind it, as with the other memories: without neighbours no key could be that of the
+    token before. x [b, t, d] -> [b, t, d]. Oracle: `naive_layers.srwm`.
+    """
+
+    def __init__(self, dim: int, heads: int, expression: srwm, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        check_width(dim, heads)
+        self.heads, width = heads, dim // heads
+        self.rows = (width, width, width, 4)
+        self.convolution = ShortConvolution(dim, expression.convolution, generator)
+        start = torch.randn(heads, sum(self.rows), width, generator=generator)
+        self.start = nn.Parameter(start * width**0.5)  # answers to a flat softmax have deviation 1
+        self.bias = nn.Parameter(torch.logit(torch.full((heads, 4), expression.step)))
+        self.output = Output(dim, heads, generator)
+
+    def init_state(self, batch: int) -> SelfReferentialState:
+        memory = self.start.expand(batch, *self.start.shape).contiguous()
+        return SelfReferentialState(self.convolution.init_state(batch), memory)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: SelfReferentialState | None = None,
+        *,
+        reset: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, SelfReferentialState]:
+        start = self.init_state(x.shape[0])
+        state = start if state is None else state
+        if x.shape[1] == 0:
+            return x, state
+        phase = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        layout = lay_out(phase, x.shape[1], (1,), reset, valid)
+        if not layout.pieces:  # nothing but padding
+            return torch.zeros_like(x), state
+        mixed, tail = self.convolution(layout.spread(x), state.tail, layout)
+        reads, memory = [], state.memory
+        with torch.autocast(x.device.type, enabled=False):
+            spread = split_heads(mixed.to(self.start.dtype), self.heads).softmax(-1)  # [b, h, s, k]
+            for piece, token in zip(layout.pieces, spread.unbind(2), strict=True):
+                if piece.reset is not None:
+                    memory = select(piece.reset, start.memory, memory)
+                y, after = self._step(token, memory)
+                held = layout.present(piece)
+                memory = after if held is None else select(held[:, 0], after, memory)
+                reads.append(y)
+        y = layout.gather(torch.stack(reads, 1))
+        return self.output(y.transpose(1, 2), x), SelfReferentialState(tail, memory)
+
+    def _step(self, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """One token phi(x) [b, h, k]: what is answered [b, h, k], and the matrix after it."""
+        y, q, k, raw = (memory @ token[..., None]).squeeze(-1).split(self.rows, -1)
+        asked = torch.stack([q, k], -1).softmax(-2)  # [b, h, k, 2]
+        wanted, found = (memory @ asked).unbind(-1)
+        steps = (raw + self.bias).sigmoid()
+        each = torch.cat([steps[..., i : i + 1].expand(*steps.shape[:-1], n) for i, n in enumerate(self.rows)], -1)
+        return y, memory + (each * (wanted - found))[..., None] * asked[..., None, :, 1]

@@ -1,6 +1,7 @@
 """Levels: memories with their own periods, how they are written while a model reads."""
 
 from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
+from .encoders import ExampleOut, ExampleReader, ExampleState, MaskedReader, MaskedState
 from .evaluation import mean_surprise, surprise_by_position
 from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
@@ -9,9 +10,14 @@ from .stacking import StackConfig, Stacked, StackedDecoder, StackedEncoder, stac
 
 __all__ = [
     "Continuum",
+    "ExampleOut",
+    "ExampleReader",
+    "ExampleState",
     "Level",
     "LevelsState",
     "Loss",
+    "MaskedReader",
+    "MaskedState",
     "ReadOut",
     "Reader",
     "ReadingState",

@@ -63,24 +63,26 @@ class StackConfig:
 
 def stack(
     model: nn.Module,
-    periods: Sequence[float | Level] | Level,
+    periods: Sequence[float | Level] | Level = (),
     how: str = "layers",
     *,
     step_size: float = 0.1,
+    config: StackConfig | None = None,
     **options: Any,
 ) -> "Stacked":
     """A model of `transformers` whose MLPs are levels with these periods (tokens), fast to slow.
 
     periods: numbers, or levels with rules and step sizes of their own, or one `spectrum(...)` for how="neurons". The
     other options are the fields of `StackConfig`. The model is shared, not copied, and stays as it is: what is learned
-    is in the state of a life. It is put into evaluation mode (no dropout: a life is deterministic).
+    is in the state of a life. It is put into evaluation mode (no dropout: a life is deterministic). A `config` says it
+    all at once.
 
     Raises ValueError where the model's layout is not known, naming what was looked for. Nested Learning 7.3. Oracle:
     the model itself (logits are equal, bit for bit, as long as nothing is learned).
     """
     given = (periods,) if isinstance(periods, Level) else tuple(periods)
     levels = tuple(p if isinstance(p, Level) else level(p, step_size=step_size) for p in given)
-    config = StackConfig(levels=levels, how=how, **options)  # type: ignore[arg-type]
+    config = config or StackConfig(levels=levels, how=how, **options)  # type: ignore[arg-type]
     decodes = bool(getattr(model, "can_generate", lambda: False)())
     return StackedDecoder(model, config) if decodes else StackedEncoder(model, config)
 
@@ -188,8 +190,7 @@ class StackedDecoder(Stacked):
             )
         self.context, self.overlap = _context(base, config), config.overlap
         with torch.no_grad():  # what its cache is made of
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=_exact(next(base.parameters())).device)
-            cache = base(ids, use_cache=True).past_key_values
+            cache = base(_one_token(base), use_cache=True).past_key_values
         if not hasattr(cache, "layers") or not all(isinstance(layer.keys, Tensor) for layer in cache.layers):
             raise ValueError(f"{type(base).__name__}: needs an attention cache with keys and values in every layer")
         self._empty = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers]
@@ -244,6 +245,9 @@ class StackedEncoder(Stacked):
         super().__init__(base, config)
         if isinstance(config.loss, next_token):
             raise ValueError(f"{type(base).__name__} is an encoder and predicts no next token; {_SAY_LOSS}")
+        with torch.no_grad():  # what it answers with
+            logits = getattr(base(_one_token(base)), "logits", None)
+        self.classes = logits.shape[-1] if logits is not None and logits.dim() == 2 else 0  # 0: it is no classifier
 
     def init_state(self, batch: int) -> Any:
         """Encoders have no sequence state. Raises ValueError: they are not read with `Reader`."""
@@ -320,6 +324,10 @@ def _low_rank(feedforward: Feedforward, rank: int, base: nn.Module, generator: t
     like = _exact(down.read(base))
     drawn = torch.randn(rank, down.columns, generator=generator) / math.sqrt(down.columns)
     return drawn.to(like), like.new_zeros(up.rows, rank)
+
+
+def _one_token(base: nn.Module) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.int64, device=next(base.parameters()).device)
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -78,6 +78,16 @@ def read_twice(saved):
     return state.levels.weights
 
 
+def test_the_first_lines_of_the_page(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "pretrained.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
+    assert "stack(base" in lines
+    names = {"tokens": torch.arange(140), "prompt": torch.arange(5)[None]}
+    exec(lines.replace("path/to/a/model", str(pretrained(tmp_path / "base"))), names)
+    assert names["out"].nll.shape == (140,)
+    assert not torch.equal(names["state"].levels.weights[0][0], names["model"].level_weights()[0][0])
+
+
 @pytest.mark.parametrize("how", ["layers", "neurons", "low_rank"])
 @pytest.mark.parametrize("layout", DECODERS)
 def test_levels_come_back_bit_for_bit(tmp_path: Path, layout: str, how: str) -> None:

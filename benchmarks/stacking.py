@@ -1,11 +1,12 @@
-"""What it costs a pre-trained model to learn while it reads: time a token and memory, beside a forward pass and training.
+"""What it costs a pre-trained model to learn while it reads: time and memory, beside a forward pass and training.
 
     python benchmarks/stacking.py [--width 512] [--layers 8] [--rounds 5]
 
-A Llama with random weights reads 1,024 tokens, in segments of 128: without learning (forward), with levels stacked in its
-MLPs in each of the three ways (four periods: 128, 512, 2,048, 8,192), and as ordinary training of the same MLPs does
-(forward, backward, SGD on their weights, a step a segment). Medians of interleaved rounds. Memory is the most that
-tensors took above the model's own weights, as torch's profiler counts it. Results go to benchmarks/results/stacking.json.
+A Llama with random weights reads 1,024 tokens, in segments of 128: without learning (forward), with levels stacked in
+its MLPs in each of the three ways (four periods: 128, 512, 2,048, 8,192), and as ordinary training of the same MLPs
+does (forward, backward, SGD on their weights, a step a segment). Medians of interleaved rounds. Memory is the most that
+tensors took above the model's own weights, as torch's profiler counts it. Results go to
+benchmarks/results/stacking.json.
 """
 
 import argparse

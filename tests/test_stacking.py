@@ -275,6 +275,19 @@ def test_levels_are_in_float32_where_the_model_is_not() -> None:
     assert bool(out.nll[1:].isfinite().all())
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_graph_begins_at_the_first_level_that_steps(first: int) -> None:
+    """What stands before it is computed without one, and the base's parameters are constants in it."""
+    model = stack(DECODERS["llama"](), [math.inf] * first + [4] * (3 - first))
+    graph: list[bool] = []
+    for layer in model.base.model.layers:
+        layer.register_forward_hook(lambda module, given, output: graph.append(output.requires_grad))
+    state, _ = read(model, TEXT[:5])
+    assert graph[:3] == [index >= first for index in range(3)]
+    for index, (old, new) in enumerate(zip(model.level_weights(), state.levels.weights, strict=True)):
+        assert torch.equal(old[0], new[0]) == (index < first)
+
+
 def test_there_is_no_training_mode() -> None:
     model = stack(DECODERS["gpt2"](), [4, 12])  # with dropout
     trained, evaluated = read(model.train())[1], read(model.eval())[1]

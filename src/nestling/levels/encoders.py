@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.memory.structure import Weights
-
 from .continuum import LevelsState, Taps, begin, write
 from .losses import masked_tokens, seen_classes
-from .reading import ReadOut, constant, moved, next_cut
+from .reading import ReadOut, awake, constant, moved, next_cut
 from .stacking import StackedEncoder
 
 
@@ -166,7 +164,7 @@ def _learn(
             return levels, loss(model(tokens[None], weights=levels.weights)[0])
     taps: list[Taps] = []
     with torch.enable_grad():
-        weights: tuple[Weights, ...] = tuple(tuple(w.detach().requires_grad_() for w in m) for m in levels.weights)
+        weights = awake(model.levels, levels)
         losses = loss(constant(model)(tokens[None], weights=weights, taps=taps)[0])
         return write(model.levels, levels, losses.sum(), taps), losses.detach()
 

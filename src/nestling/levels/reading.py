@@ -178,12 +178,18 @@ class Reader:
         """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end."""
         taps: list[Taps] = []
         with torch.enable_grad():
-            weights = tuple(tuple(w.detach().requires_grad_() for w in maps) for maps in state.levels.weights)
+            weights = awake(self.model.levels, state.levels)
             logits, now = constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             levels = write(self.model.levels, state.levels, loss, taps)
         return logits[0].detach(), levels, detach(now)
+
+
+def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
+    """The levels' weights for a call that they learn from: the graph begins at the first that will ever step."""
+    pairs = zip(levels, state.weights, strict=True)
+    return tuple(tuple(w.detach().requires_grad_(lvl.period != math.inf) for w in maps) for lvl, maps in pairs)
 
 
 def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:

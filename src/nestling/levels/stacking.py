@@ -32,7 +32,7 @@ class StackConfig:
     go on, which takes a model whose positions are rotary (and documents in which float32 angles are exact enough).
     """
 
-    levels: tuple[Level, ...]  # fast to slow
+    levels: tuple[Level, ...]  # in the order of the layers, or of the neurons
     how: Literal["layers", "neurons", "low_rank"] = "layers"
     rank: int = 8  # of each extra level
     context: int | None = None  # tokens; None: as many as the model takes, at most 1,024
@@ -70,7 +70,7 @@ def stack(
     config: StackConfig | None = None,
     **options: Any,
 ) -> "Stacked":
-    """A model of `transformers` whose MLPs are levels with these periods (tokens), fast to slow.
+    """A model of `transformers` whose MLPs are levels with these periods (tokens), in any order.
 
     periods: numbers, or levels with rules and step sizes of their own, or one `spectrum(...)` for how="neurons". The
     other options are the fields of `StackConfig`. The model is shared, not copied, and stays as it is: what is learned

@@ -198,7 +198,7 @@ def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:
     for old_maps, new_maps in zip(before.weights, after.weights, strict=True):
         size = sum(weight.numel() for weight in old_maps)
         total = sum(
-            0.0 if old is new else float((new - old).double().square().sum())
+            0.0 if old is new else float(torch.linalg.vector_norm(new - old)) ** 2
             for old, new in zip(old_maps, new_maps, strict=True)
         )
         row.append(math.sqrt(total / size))

@@ -113,6 +113,37 @@ MUTANTS = (
         "memory/adaptive.py", "1.0 - self.share * count.clamp(max=1.0)", "1.0 - self.share", "tests/test_optim_torch.py"
     ),
     Mutant("learner/states.py", 'if about["fits"] != fits:', 'if about["fits"] == "":', "tests/test_states.py"),
+    Mutant("levels/neurons.py", "self.fastest * 2**k", "self.fastest * (k + 1)", "tests/test_neurons.py"),
+    Mutant("levels/neurons.py", "slice(start, end)))", "slice(0, end - start)))", "tests/test_neurons.py"),
+    Mutant(
+        "levels/continuum.py",
+        "last._replace(input=last.input[:, self.neurons])",
+        "last._replace(input=last.input[:, : last.input[:, self.neurons].shape[1]])",
+        "tests/test_neurons.py",
+    ),
+    Mutant("levels/attention_cache.py", "(slots >= start[used:, None])", "(slots >= 0)", "tests/test_stacking.py"),
+    Mutant(
+        "levels/attention_cache.py",
+        "count - 1 + state.offset[:, None]",
+        "count - 1 + 0 * state.offset[:, None]",
+        "tests/test_stacking.py",
+    ),
+    Mutant("levels/layouts.py", "back = beside[-1:]", "back = beside[:1]", "tests/test_stacking.py"),
+    Mutant("levels/stacking.py", "return output + more", "return output + 2.0 * more", "tests/test_stacking.py"),
+    Mutant("levels/losses.py", "known[label] = True", "known[:] = True", "tests/test_encoders.py"),
+    Mutant(
+        "levels/encoders.py",
+        "shown = tokens.masked_fill(hidden, told.mask_token)",
+        "shown = tokens",
+        "tests/test_encoders.py",
+    ),
+    Mutant("train/outer.py", "clock.advance(self.tokens)", "clock.advance(1)", "tests/test_scripts.py"),
+    Mutant(
+        "learner/stacked.py",
+        'if about.get("fits") != fits:',
+        'if about.get("fits") == "":',
+        "tests/test_stacked_folder.py",
+    ),
 )
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nestling.levels import ReadingState as ReadingState
     from nestling.levels import level as level
     from nestling.levels import mean_surprise as mean_surprise
+    from nestling.levels import neurons as neurons
+    from nestling.levels import spectrum as spectrum
+    from nestling.levels import stack as stack
     from nestling.memory import Gates as Gates
     from nestling.memory import Pairs as Pairs
     from nestling.memory import clip as clip
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "checks": ("check",),
     "learner": ("load_state", "save_state"),
-    "levels": ("Continuum", "Reader", "ReadingState", "level", "mean_surprise"),
+    "levels": ("Continuum", "Reader", "ReadingState", "level", "mean_surprise", "neurons", "spectrum", "stack"),
     "memory": [
         "Gates",
         "Pairs",

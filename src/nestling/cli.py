@@ -1,4 +1,4 @@
-"""The command line: nestling train | learn | generate | info | check | zoo | demo."""
+"""The command line: nestling train | stack | learn | generate | info | check | zoo | demo."""
 
 import os
 
@@ -24,8 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from nestling.checks import check
-from nestling.learner import load_model, newest, open_life, save_life
-from nestling.levels import Reader
+from nestling.learner import (
+    SavedStack,
+    is_stacked,
+    load_model,
+    load_stacked,
+    newest,
+    open_life,
+    reader_of,
+    save_life,
+    save_stacked,
+)
+from nestling.levels import Level, Loss, Reader, StackConfig, StackedDecoder, level
 from nestling.memory import Part, known, parse
 from nestling.models import Decoder, ModelConfig, generate, preset
 from nestling.models.data import from_data, to_data
@@ -197,10 +207,50 @@ def _base_run(found: dict[str, str]) -> Run:
     return from_data(Run, data, path=str(path))
 
 
-def _reader(directory: Path, *, learning: bool) -> tuple[Any, Reader, Any]:
-    saved = load_model(directory)
-    reader = Reader(saved.model, learning=learning)
+def _reader(directory: Path, *, learning: bool) -> tuple[Any, Any, Any]:
+    saved = load_stacked(directory) if is_stacked(directory) else load_model(directory)
+    if isinstance(saved, SavedStack):
+        reader = reader_of(saved.model, learning=learning)
+    else:
+        reader = Reader(saved.model, learning=learning)
     return saved, reader, open_life(directory, saved, reader)
+
+
+@app.command(name="stack")
+def stack_command(
+    base: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    periods: tuple[float, ...] = (128, 512, 2048),
+    levels: tuple[Level, ...] = (),
+    how: Literal["layers", "neurons", "low_rank"] = "layers",
+    step_size: float = 0.1,
+    rank: int = 8,
+    context: int | None = None,
+    overlap: int = 0,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> None:
+    """Put levels into a pre-trained model of transformers, to `learn` and `generate` with. The model is not copied.
+
+    Args:
+        base: the model's folder, as transformers writes it.
+        out: the new folder: what is stacked, and later the life.
+        periods: of the levels, in tokens, fast to slow.
+        levels: in place of periods: expressions, such as "level(128, step_size=0.5)" or "spectrum(16, 2048)".
+        how: layer j at level j mod K; or each MLP's neurons divided; or low-rank levels beside each MLP.
+        step_size: of the levels that are given by their periods.
+        rank: of each low-rank level.
+        context: tokens that the attention cache holds at most.
+        overlap: tokens that it keeps when it is cut.
+        loss: what an encoder learns from, such as "masked_tokens(103)".
+        seed: of the low-rank levels.
+    """
+    chosen = levels or tuple(level(period, step_size=step_size) for period in periods)
+    config = StackConfig(levels=chosen, how=how, rank=rank, context=context, overlap=overlap, loss=loss, seed=seed)
+    model = save_stacked(out, base, config)
+    moving = sum(weight.numel() for maps in model.level_weights() for weight in maps)
+    print(f"{out}: {len(model.levels)} levels of {moving:,} weights in {len(model.feedforwards)} MLPs of {base}")
 
 
 @app.command(name="learn")
@@ -220,15 +270,17 @@ def learn(directory: tyro.conf.Positional[Path], paths: tyro.conf.Positional[tup
     with progress() as bars:
         task = bars.add_task("reading", total=sum(map(len, documents)), note="")
         for document in documents:
-            tokens = torch.frombuffer(bytearray(document), dtype=torch.uint8).long()
+            tokens = saved.encode(document)
+            a_token = len(document) / max(1, tokens.numel())
             for part in tokens.split(4096):
                 state, out = reader.read(state, part)
                 seen = out.nll[out.nll.isfinite()].double()
-                total, counted = total + float(seen.sum()), counted + seen.numel()
-                bars.update(task, advance=part.numel(), note=f"{total * BITS / max(1, counted):.3f} bits/byte")
+                total, counted = total + float(seen.sum()), counted + seen.numel() * a_token
+                note = f"{total * BITS / max(1, counted):.3f} bits/byte"
+                bars.update(task, advance=part.numel() * a_token, note=note)
             state, _ = reader.end_document(state)
     save_life(directory, saved, state, {"documents": [str(path) for path in paths]})
-    print(f"read {counted:,} bytes at {total * BITS / max(1, counted):.3f} bits/byte, predicted before learned")
+    print(f"read {counted:,.0f} bytes at {total * BITS / max(1, counted):.3f} bits/byte, predicted before learned")
 
 
 @app.command(name="generate")
@@ -251,6 +303,15 @@ def generate_command(
     """
     saved, _, state = _reader(directory, learning=False)
     torch.set_flush_denormal(True)
+    if isinstance(saved, SavedStack):
+        if not isinstance(saved.model, StackedDecoder):
+            raise ValueError(f"{directory}: {saved.name} is an encoder, and does not write")
+        torch.manual_seed(seed)
+        choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        given = saved.encode(prompt.encode())[None]
+        written = saved.model.generate(given, weights=state.levels.weights, max_new_tokens=tokens, **choice)
+        sys.stdout.write(prompt + saved.decode(written[0, given.shape[1] :]).decode(errors="replace") + "\n")
+        return
     words = generate(
         saved.model, prompt.encode(), tokens, weights=state.levels.weights, temperature=temperature, seed=seed
     )
@@ -268,9 +329,18 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
     Args:
         directory: a model's folder.
     """
+    table = Table(title=str(directory), show_header=False)
+    if is_stacked(directory):
+        stacked = load_stacked(directory)
+        table.add_row("pre-trained model", stacked.name)
+        for name, value in vars(stacked.model.config).items():
+            table.add_row(name, Text(repr(value)))
+        table.add_row("model hash", stacked.hash)
+        table.add_row("life", _life(directory))
+        Console().print(table)
+        return
     saved = load_model(directory)
     config = saved.model.config
-    table = Table(title=str(directory), show_header=False)
     table.add_row("mixer", repr(config.mixer))
     for lvl in config.levels:
         table.add_row("level", repr(lvl))
@@ -280,9 +350,13 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
     table.add_row("parameters", f"{sum(p.numel() for p in saved.model.parameters()):,}")
     table.add_row("model hash", saved.hash)
     table.add_row("trained steps", str(saved.generation.data["training"]["step"]))
-    life = newest(directory / "life")
-    table.add_row("life", "none yet" if life is None else f"{int(life.name):,} tokens read")
+    table.add_row("life", _life(directory))
     Console().print(table)
+
+
+def _life(directory: Path) -> str:
+    life = newest(directory / "life")
+    return "none yet" if life is None else f"{int(life.name):,} tokens read"
 
 
 @app.command(name="check")

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nestling.levels import LevelsState, Reader, ReadingState
+from nestling.levels import LevelsState, ReadingState
 from nestling.memory.state import flatten, unflatten
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
 
 from .files import Generation, newest, read_generation, write_generation
+from .stacked import SavedStack
 from .states import fingerprint
 
 FORMAT = 1
@@ -28,6 +29,10 @@ class SavedModel(NamedTuple):
     model: Decoder
     hash: str
     generation: Generation
+
+    def encode(self, text: bytes) -> torch.Tensor:
+        """Tokens of a text: its bytes, int64 [n]."""
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def model_hash(model: Decoder) -> str:
@@ -64,11 +69,13 @@ def load_model(directory: Path) -> SavedModel:
     return SavedModel(model, model_hash(model), generation)
 
 
-def open_life(directory: Path, saved: SavedModel, reader: Reader) -> ReadingState:
-    """The life that was last saved in a folder; one that begins, where there is none yet."""
+def open_life(directory: Path, saved: SavedModel | SavedStack, reader: Any) -> Any:
+    """The life that was last saved in a folder, as the reader's state; one that begins, where there is none yet."""
     folder = newest(directory / "life")
     start = reader.begin()
     if folder is None:
+        if isinstance(saved, SavedStack):
+            return start
         return start._replace(levels=_half_filled(start.levels, saved.generation))
     life = read_generation(folder)
     facts = life.data.get("life", {})
@@ -82,6 +89,8 @@ def open_life(directory: Path, saved: SavedModel, reader: Reader) -> ReadingStat
     levels: LevelsState = unflatten(start.levels, life.tensors["levels"])
     between = start._replace(levels=levels, position=torch.tensor(facts["position"]))
     sequence = life.tensors["sequence"]
+    if not isinstance(start, ReadingState):
+        return between._replace(segment=sequence["segment"])
     return between._replace(
         segment=sequence["segment"],
         logits=sequence["logits"],
@@ -109,12 +118,14 @@ def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
     return levels._replace(rules=tuple(rules))
 
 
-def save_life(directory: Path, saved: SavedModel, state: ReadingState, facts: dict[str, Any]) -> Path:
+def save_life(directory: Path, saved: SavedModel | SavedStack, state: Any, facts: dict[str, Any]) -> Path:
     """Write a life, levels and sequence state each in a file of their own, in one atomic step."""
-    sequence = {"segment": state.segment, "logits": state.logits}
-    sequence |= flatten(state.before, "before.") | flatten(state.now, "now.")
+    sequence = {"segment": state.segment}
+    if isinstance(state, ReadingState):
+        sequence |= {"logits": state.logits} | flatten(state.before, "before.") | flatten(state.now, "now.")
     position = int(state.position)
-    about = {"format": FORMAT, "model": saved.hash, "position": position, **facts}
+    name = {"base": saved.name} if isinstance(saved, SavedStack) else {}
+    about = {"format": FORMAT, "model": saved.hash, "position": position, **name, **facts}
     contents: dict[str, dict[str, torch.Tensor] | str] = {
         "levels.safetensors": flatten(state.levels),
         "sequence.safetensors": sequence,

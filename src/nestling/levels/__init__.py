@@ -2,11 +2,14 @@
 
 from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
+from .encoders import ExampleOut, ExampleReader, ExampleState, MaskedReader, MaskedState
 from .evaluation import mean_surprise, surprise_by_position
 from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
+from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
+from .stacking import StackConfig, Stacked, StackedDecoder, StackedEncoder, stack
 from .transfer import (
     Box,
     Context,
@@ -27,15 +30,25 @@ __all__ = [
     "Box",
     "Context",
     "Continuum",
+    "ExampleOut",
+    "ExampleReader",
+    "ExampleState",
     "InContext",
     "InContextState",
     "Level",
     "LevelsState",
+    "Loss",
+    "MaskedReader",
+    "MaskedState",
     "Moments",
     "ReadOut",
     "Reader",
     "ReadingState",
     "Row",
+    "StackConfig",
+    "Stacked",
+    "StackedDecoder",
+    "StackedEncoder",
     "System",
     "Taps",
     "Transfer",
@@ -53,12 +66,16 @@ __all__ = [
     "heads",
     "initialization",
     "level",
+    "masked_tokens",
     "mean_surprise",
     "moments_of",
     "neurons",
+    "next_token",
     "reptile",
     "run",
+    "seen_classes",
     "spectrum",
+    "stack",
     "surprise_by_position",
     "write",
 ]

@@ -209,8 +209,22 @@ class Continuum(nn.Module):
         for block, norm, share in zip(self.blocks, self.norms, shares, strict=True):
             mine, weights = weights[: len(block.levels)], weights[len(block.levels) :]
             normed = F.rms_norm(y if self.shares is None else given, (x.shape[-1],), norm, eps=1e-6)
+            if taps is not None and any(_only_tapped(w) for maps in mine for w in maps):
+                mine, normed = _tap_only(mine, normed)
             read, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
                 taps.extend(block.taps(mine, inputs, outputs))
             y = y + (read if self.shares is None else read * share)
         return y
+
+
+def _tap_only(levels: Sequence[Weights], x: Tensor) -> tuple[tuple[Weights, ...], Tensor]:
+    """Weights as constants and their block's inputs in the graph: a gradient is read off at the maps' outputs, and
+    autograd need not make another one of the weights."""
+    constant = tuple(tuple(w.detach() for w in maps) for maps in levels)
+    return constant, x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _only_tapped(weight: Tensor) -> bool:
+    """Is it in the graph for the sake of taps alone: neither a model's own parameter, nor made of one?"""
+    return weight.requires_grad and weight.is_leaf and not isinstance(weight, nn.Parameter)

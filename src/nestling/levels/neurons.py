@@ -25,7 +25,7 @@ class _divided(Level, abstract=True):
     """
 
     def split(self, weights: Weights) -> tuple[Weights, ...]:
-        return split_neurons(weights, len(self.levels))
+        return tuple(tuple(w.clone() for w in maps) for maps in split_neurons(weights, len(self.levels)))
 
     def join(self, levels: Sequence[Weights]) -> Weights:
         return join_neurons(levels)
@@ -99,14 +99,15 @@ class spectrum(_divided):
 
 def split_neurons(weights: Weights, groups: int) -> tuple[Weights, ...]:
     """The maps of a block with one hidden layer as those of runs of its neurons: rows of the maps [h, k] that lead
-    to it, columns of the map [v, h] that leads on. Raises ValueError where there are fewer neurons than groups."""
+    to it, columns of the map [v, h] that leads on; all of them views. Raises ValueError where there are fewer neurons
+    than groups."""
     *first, last = weights
     hidden = last.shape[-1]
     if hidden < groups:
         raise ValueError(f"{hidden} neurons cannot be divided into {groups} groups; give the block more of them")
     edges = [-(-hidden * group // groups) for group in range(groups + 1)]
     runs = [slice(start, end) for start, end in pairwise(edges)]
-    return tuple((*(weight[..., run, :].clone() for weight in first), last[..., run].clone()) for run in runs)
+    return tuple((*(weight[..., run, :] for weight in first), last[..., run]) for run in runs)
 
 
 def join_neurons(groups: Sequence[Weights]) -> Weights:

@@ -111,7 +111,7 @@ class Reader:
         """Read `tokens` int64 [n] after what was read before. Raises ValueError for anything but one row."""
         if tokens.dim() != 1:
             raise ValueError(f"reading takes one row of tokens [n], got shape {list(tokens.shape)}")
-        nll, moved = [], []
+        nll, rows = [], []
         while tokens.numel() and not self.learning:
             state, losses = self._predict(state._replace(segment=tokens[:0]), tokens[:_BLOCK])
             state = state._replace(segment=tokens[:0], before=state.now)
@@ -122,34 +122,34 @@ class Reader:
             size = next_cut(cut, self.periods, self.segment_tokens) - cut
             if state.segment.numel() == size:
                 state, change = self._close(state, tokens[0])
-                moved.append(change)
+                rows.append(change)
                 continue
             due = size - state.segment.numel()
             if state.segment.numel() == 0 and tokens.numel() > size:
                 state, losses, change = self._whole(state, tokens[:size], tokens[size])
                 nll.append(losses)
-                moved.append(change)
+                rows.append(change)
                 tokens = tokens[size:]
                 continue
             part, tokens = tokens[:due], tokens[due:]
             state, losses = self._predict(state, part)
             nll.append(losses)
         width = 1 + len(self.model.levels)
-        table = torch.stack(moved) if moved else torch.zeros(0, width, dtype=torch.float64)
+        table = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
         losses = torch.cat(nll) if nll else state.levels.weights[0][0].new_zeros(0)
         return state, ReadOut(losses, table)
 
     def end_document(self, state: ReadingState) -> tuple[ReadingState, ReadOut]:
         """The document ends here: what is open is learned (its last token has no successor and teaches nothing),
         and the next token starts with a fresh sequence state. Levels and clocks go on."""
-        moved = []
+        rows = []
         if self.learning and state.segment.numel():
             _, levels, _ = self._learn(state, state.segment, None)
-            moved.append(self._moved(state, levels, int(state.position)))
+            rows.append(moved(state.levels, levels, int(state.position)))
             state = state._replace(levels=levels)
         begun = self.begin(state.levels)
         width = 1 + len(self.model.levels)
-        table = torch.stack(moved) if moved else torch.zeros(0, width, dtype=torch.float64)
+        table = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
         return begun._replace(position=state.position), ReadOut(begun.logits.new_zeros(0), table)
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class Reader:
     def _close(self, state: ReadingState, following: Tensor) -> tuple[ReadingState, Tensor]:
         """The token at the cut has arrived: write the levels with the segment, which came in pieces."""
         _, levels, now = self._learn(state, state.segment, following)
-        change = self._moved(state, levels, int(state.position))
+        change = moved(state.levels, levels, int(state.position))
         return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
 
     def _whole(self, state: ReadingState, tokens: Tensor, following: Tensor) -> tuple[ReadingState, Tensor, Tensor]:
@@ -172,33 +172,41 @@ class Reader:
         logits, levels, now = self._learn(state, tokens, following)
         losses = _surprise(state.logits, logits[:-1], tokens)
         position = state.position + tokens.numel()
-        change = self._moved(state, levels, int(position))
+        change = moved(state.levels, levels, int(position))
         return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
 
     def _learn(self, state: ReadingState, tokens: Tensor, following: Tensor | None) -> tuple[Tensor, LevelsState, Any]:
         """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end."""
         taps: list[Taps] = []
         with torch.enable_grad():
-            weights = tuple(tuple(w.detach().requires_grad_() for w in maps) for maps in state.levels.weights)
-            logits, now = _constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
+            weights = awake(self.model.levels, state.levels)
+            logits, now = constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             levels = write(self.model.levels, state.levels, loss, taps)
         return logits[0].detach(), levels, detach(now)
 
-    def _moved(self, state: ReadingState, levels: LevelsState, position: int) -> Tensor:
-        row = [float(position)]
-        for before, after in zip(state.levels.weights, levels.weights, strict=True):
-            size = sum(weight.numel() for weight in before)
-            lengths = [
-                0.0 if old is new else float(torch.linalg.vector_norm(new - old))
-                for old, new in zip(before, after, strict=True)
-            ]
-            row.append(math.hypot(*lengths) / math.sqrt(size))
-        return torch.tensor(row, dtype=torch.float64)
+
+def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
+    """The levels' weights for a call that they learn from: the graph begins at the first that will ever step."""
+    pairs = zip(levels, state.weights, strict=True)
+    return tuple(tuple(w.detach().requires_grad_(lvl.period != math.inf) for w in maps) for lvl, maps in pairs)
 
 
-def _constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
+def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:
+    """A row of `ReadOut.moved`: the position, and the root mean square of each level's change."""
+    row = [float(position)]
+    for old_maps, new_maps in zip(before.weights, after.weights, strict=True):
+        size = sum(weight.numel() for weight in old_maps)
+        total = sum(
+            0.0 if old is new else float(torch.linalg.vector_norm(new - old)) ** 2
+            for old, new in zip(old_maps, new_maps, strict=True)
+        )
+        row.append(math.sqrt(total / size))
+    return torch.tensor(row, dtype=torch.float64)
+
+
+def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
     """The model with its own parameters as constants: no graph before the first level, none of its weights in it."""
     if not isinstance(model, nn.Module):
         return model

@@ -48,8 +48,10 @@ class Pairs(NamedTuple):
         return self.error.mT @ self.input
 
     def added_to(self, total: Tensor) -> Tensor:
-        """total + dense(), in one pass over the total where it is one matrix."""
-        return torch.addmm(total, self.error.mT, self.input) if total.dim() == 2 else total + self.dense()
+        """total + dense(), in one pass over the total where it is one matrix of the same kind."""
+        if total.dim() != 2 or total.dtype != self.error.dtype:
+            return total + self.dense()
+        return torch.addmm(total, self.error.mT, self.input)
 
     def project(self, weight: Tensor) -> Tensor:
         """sum_n (W x) x^T: the part of W that lies along the inputs [..., out, in]."""

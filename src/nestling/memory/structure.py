@@ -92,13 +92,16 @@ class _Linear(torch.autograd.Function):
         return wide.unflatten(-1, (weight.shape[-3], -1)).transpose(-3, -2).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
         g = grads[0].contiguous()
         x, weight = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad
         if not stands_for_many(x, weight):
-            return g @ weight, g.mT @ x
+            return (g @ weight if for_x else None), (g.mT @ x if for_weight else None)
         g = g.transpose(-3, -2).flatten(-2)
-        d_x = (g @ weight.flatten(-3, -2)).unsqueeze(-3)
+        d_x = (g @ weight.flatten(-3, -2)).unsqueeze(-3) if for_x else None
+        if not for_weight:
+            return d_x, None
         return d_x, (g.mT @ x.squeeze(-3)).unflatten(-2, weight.shape[-3:-1])
 
 

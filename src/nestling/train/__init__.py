@@ -3,10 +3,12 @@
 from .checkpoint import load_run, machine, save_run
 from .data import Batch, Stream, read_documents
 from .loop import LevelClock, StepReport, TrainConfig, Trainer, train
+from .outer import OnClocks
 
 __all__ = [
     "Batch",
     "LevelClock",
+    "OnClocks",
     "StepReport",
     "Stream",
     "TrainConfig",

@@ -1,0 +1,52 @@
+"""Tiny models of transformers with random weights, one of each layout."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'nestling[hf]'")
+
+_SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+_GPT2 |= {"bos_token_id": None, "eos_token_id": None}
+
+
+def _make(name: str, kind: str, **more) -> Callable[[], torch.nn.Module]:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(3)
+        shape = _GPT2 if name == "GPT2" else _SHAPE | more
+        model = getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")(**shape))
+        with torch.no_grad():  # biases start at zero, which would hide one that is lost
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter) / math.sqrt(parameter.shape[-1])
+        return model.eval()
+
+    return build
+
+
+DECODERS = {
+    "llama": _make("Llama", "ForCausalLM", num_key_value_heads=1),
+    "mistral": _make("Mistral", "ForCausalLM", num_key_value_heads=1),
+    "qwen2": _make("Qwen2", "ForCausalLM", num_key_value_heads=1),
+    "qwen3": _make("Qwen3", "ForCausalLM", num_key_value_heads=1, head_dim=12),
+    "gpt2": _make("GPT2", "LMHeadModel"),
+    "gpt_neox": _make("GPTNeoX", "ForCausalLM"),
+}
+LEARNED_POSITIONS = {"gpt2"}
+ENCODERS = {
+    "bert": _make("Bert", "Model"),
+    "bert, masked": _make("Bert", "ForMaskedLM"),
+    "bert, classes": _make("Bert", "ForSequenceClassification", num_labels=5),
+}

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from nestling.levels import Level, Reader, level, spectrum
-from nestling.memory import Part, clip, dampen, hold_back, huber_norm, momentum, retain, slow_down, value_shift
+from nestling.memory import (
+    Part,
+    clip,
+    dampen,
+    hold_back,
+    huber_norm,
+    lift,
+    momentum,
+    odd_power,
+    retain,
+    slow_down,
+    value_shift,
+)
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import Mixer, caching
 
@@ -22,6 +34,7 @@ _SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persis
 _SMALL |= {"shard": 8, "local": (2, 4)}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
 _EXAMPLES = {"clip": clip(bound=0.0002), "huber_norm": huber_norm(0.0001)}  # of parts; others as they are by default
+_EXAMPLES |= {"lift": lift(kind=odd_power(3))}  # of the identity it is nothing
 _EXAMPLES |= {"hold_back": hold_back(share=0.5), "slow_down": slow_down(rate=0.5)}
 
 

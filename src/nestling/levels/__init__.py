@@ -2,11 +2,13 @@
 
 from .continuum import Continuum, Level, LevelsState, Taps, begin, level, write
 from .evaluation import mean_surprise, surprise_by_position
-from .reading import Reader, ReadingState, ReadOut
+from .reading import Accept, LevelledModel, Reader, ReadingState, ReadOut
 
 __all__ = [
+    "Accept",
     "Continuum",
     "Level",
+    "LevelledModel",
     "LevelsState",
     "ReadOut",
     "Reader",

@@ -1,6 +1,5 @@
 """A life on disk: journal, replay, rollback, fork, exact forgetting. Every equality is of all bits."""
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,49 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestling.learner import Busy, Learner, LifeConfig
-from nestling.levels import Reader, level
-from nestling.memory import clip, decay, delta_gradient_descent, momentum, retain
+from lives import CONFIG, KEEP, MODEL, crash, same, text
+from nestling.learner import Busy, Learner
+from nestling.levels import Reader
 from nestling.memory.state import flatten
-from nestling.models import Decoder, ModelConfig
-from nestling.sequence import attention, self_modifying
+from nestling.models import Decoder
+from nestling.sequence import self_modifying
 
-RULE = retain(decay(), delta_gradient_descent(momentum(clip())))
-CONFIG = ModelConfig(
-    dim=16,
-    heads=2,
-    blocks=1,
-    mixer=attention(window=8),
-    levels=(level(24, rule=RULE, retention=0.9), level(60, rule=RULE, retention=0.8)),
-)
-MODEL = Decoder(CONFIG, seed=1)
 HOPE = Decoder(replace(CONFIG, mixer=self_modifying(chunk=8, projection_chunk=8)), seed=1)
-KEEP = LifeConfig(snapshot_tokens=150, event_bytes=64)
-
-
-def text(seed: int, size: int = 90) -> bytes:
-    return bytes(random.Random(seed).choices(b"abcdefgh \n", k=size))
 
 
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[Learner]:
     with Learner.create(tmp_path / "life", MODEL, config=KEEP) as found:
         yield found
-
-
-def crash(life: Learner) -> None:
-    """Let go of a life as a killed process does: nothing more is written."""
-    life._journal.db.close()  # type: ignore[union-attr]
-    life._journal._pending.clear()  # type: ignore[union-attr]
-    life._let_go()
-
-
-def same(one: Learner, two: Learner) -> None:
-    """Equal in every bit of weights, clocks, accumulators and sequence states."""
-    theirs = flatten(two.state.reading)
-    for name, tensor in flatten(one.state.reading).items():
-        assert torch.equal(tensor, theirs[name]), name
-    assert one.digest == two.digest
 
 
 def test_a_life_learns_what_a_reader_learns(tmp_path: Path) -> None:

@@ -100,33 +100,27 @@ class Guard:
 
     def __call__(self, before: LevelsState, after: LevelsState, loss: Tensor, tokens: int) -> LevelsState:
         surprise = float(loss) / max(1, tokens)
-        if tokens < SHORT:
-            return self._take_short(before, after, surprise, tokens)
         added, moved = self._measure(before, after, tokens)
-        reason = self._reason(surprise, added, after)
-        self._count(reason)
+        if tokens < SHORT:
+            added = {}
+        reason = self._reason(surprise, added, after, tokens)
+        if tokens >= SHORT:
+            self._count(reason)
         if reason:
             self.refused[reason] += 1
             after = passed_over(self.levels, before, tokens)
             added, moved = {}, self._measure(before, after, tokens)[1]
-        else:
+        elif tokens >= SHORT:
             self.state = self.state._replace(surprise=self.state.surprise.add(surprise))
         return self._hold(before, after, added, moved)
 
-    def _take_short(self, before: LevelsState, after: LevelsState, surprise: float, tokens: int) -> LevelsState:
-        finite = math.isfinite(surprise) and _finite(after)
-        if finite and not self.state.record(self.source).quarantined:
-            return after
-        self.refused["quarantined" if finite else "not finite"] += 1
-        return passed_over(self.levels, before, tokens)
-
-    def _reason(self, surprise: float, added: dict[int, float], after: LevelsState) -> str | None:
+    def _reason(self, surprise: float, added: dict[int, float], after: LevelsState, tokens: int) -> str | None:
         record, rules = self.state.record(self.source), self.rules
         if not (math.isfinite(surprise) and _finite(after)):
             return "not finite"
         if record.quarantined:
             return "quarantined"
-        if record.trusted:
+        if record.trusted or tokens < SHORT:
             return None
         if self.state.surprise.jumps(surprise, rules.surprise_jump, rules.warm_segments):
             return "surprise"
@@ -138,7 +132,7 @@ class Guard:
     def _count(self, reason: str | None) -> None:
         record = self.state.record(self.source)
         refused, segments = record.refused + (reason is not None), record.segments + 1
-        enough = refused >= self.rules.strikes and refused >= self.rules.share * segments
+        enough = not record.trusted and refused >= max(self.rules.strikes, self.rules.share * segments)
         record = record._replace(segments=segments, refused=refused, quarantined=record.quarantined or enough)
         self.state = self.state.with_record(self.source, record)
 

@@ -1,4 +1,4 @@
-"""Commands on a life: new, status, history, snapshot, rollback, fork, forget, release, verify."""
+"""Commands on a life: new, status, history, snapshot, rollback, fork, forget, release, why, verify."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,16 +160,18 @@ def fork(directory: LifeFolder, copy: tyro.conf.Positional[Path], *, at: str | N
 
 
 @app.command(name="forget")
-def forget(directory: LifeFolder, source: tyro.conf.Positional[str], *, json: bool = False) -> None:
-    """Forget a source exactly: its text goes, and all that was read beside it is learned again without it.
+def forget(directory: LifeFolder, sources: tyro.conf.Positional[tuple[str, ...]], *, json: bool = False) -> None:
+    """Forget sources exactly: their text goes, and what was read beside them is learned again without them.
 
     Args:
         directory: a life.
-        source: as `nestling status` calls it; "conversation NAME" for a conversation.
+        sources: as `nestling status` calls them; "conversation NAME" for a conversation.
         json: print it as JSON.
     """
+    if not sources:
+        raise ValueError("forget: name at least one source")
     with _opened(directory) as life, _learning_again() as tell:
-        life.forget(source, tell)
+        life.forget(*sources, tell=tell)
         told = {"event": life.at, "digest": life.digest}
     _say(told, json, f"{directory}: as if it had never been read")
 
@@ -187,6 +189,35 @@ def release(directory: LifeFolder, source: tyro.conf.Positional[str], *, json: b
         life.release(source)
         told = {"source": source, "event": life.at}
     _say(told, json, f"{source}: trusted")
+
+
+@app.command(name="why")
+def why(directory: LifeFolder, *, prompt: str, answer: str, exact: bool = False, json: bool = False) -> None:
+    """Say what an answer owes to each level and to each source: nats of log-probability that it would lose without.
+
+    Args:
+        directory: a life.
+        prompt: what comes before the answer.
+        answer: what to explain.
+        exact: learn everything again without each source, and compare with the estimates.
+        json: print it as JSON.
+    """
+    with Learner.open(directory, write=False) as life, _learning_again() as tell:
+        found = life.why(prompt, answer, exact=exact, tell=tell)
+        levels = [repr(lvl) for lvl in life.model.levels]
+    if json:
+        print_json(found._asdict() | {"level_names": levels})
+        return
+    print(f"log-probability {found.log_probability:.3f} nats")
+    table = Table("", "nats lost without it (estimated)", *(["exactly"] if found.exact is not None else []))
+    for name, lost in zip(levels, found.levels, strict=True):
+        table.add_row(Text(f"{name} as at birth"), f"{lost:+.4f} (exactly)")
+    for source, lost in sorted(found.sources.items(), key=lambda item: -item[1]):
+        checked = [] if found.exact is None else [f"{found.exact[source]:+.4f}"]
+        table.add_row(Text(source), f"{lost:+.4f}", *checked)
+    Console().print(table)
+    if found.agreement is not None:
+        print(f"rank correlation of estimate and exact: {found.agreement:.2f}")
 
 
 @app.command(name="verify")

@@ -1,5 +1,6 @@
 """Forgetting: a source, and all that derives from it, is taken out of the tree of events."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from .event import BIRTH
@@ -7,8 +8,8 @@ from .journal import Journal
 
 
 class Plan(NamedTuple):
-    """What forgetting a source takes out. gone: the events; tainted: every event whose path they are on; base: the
-    last event of the head's path that knows nothing of the source; head: where the head will be."""
+    """What forgetting takes out. gone: the events; tainted: every event whose path they are on; base: the
+    last event of the head's path that knows nothing of it; head: where the head will be."""
 
     gone: set[int]
     tainted: set[int]
@@ -17,16 +18,17 @@ class Plan(NamedTuple):
     tokens: int
 
 
-def plan_forgetting(journal: Journal, source: str) -> Plan:
+def plan_forgetting(journal: Journal, sources: Collection[str]) -> Plan:
     """What would be forgotten. Raises ValueError for a source that was never read."""
     events = journal.all_events()
-    if not any(event.source == source for event in events):
-        names = sorted({event.source for event in events})
-        raise ValueError(f"nothing was read from {source!r}; sources: {', '.join(names[:20]) or 'none'}")
+    names = sorted({event.source for event in events})
+    for source in sources:
+        if source not in names:
+            raise ValueError(f"nothing was read from {source!r}; sources: {', '.join(names[:20]) or 'none'}")
     gone: set[int] = set()
     tainted: set[int] = set()
     for event in events:  # a parent has the smaller id, and so has what an event derives from
-        if event.source == source or event.derived in tainted:
+        if event.source in sources or event.derived in tainted:
             gone.add(event.id)
         if event.id in gone or event.parent in tainted:
             tainted.add(event.id)

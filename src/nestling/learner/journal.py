@@ -158,6 +158,10 @@ class Journal:
         """Every event of the tree, oldest first, those of abandoned paths too."""
         return [_event(row) for row in self.ask(f"SELECT {COLUMNS} FROM events ORDER BY id")]
 
+    def has_source(self, source: str) -> bool:
+        """Whether anything in the tree was read from a source."""
+        return bool(self.ask("SELECT 1 FROM events WHERE source = ? LIMIT 1", source))
+
     def ordinals(self) -> Counter[str]:
         """How many events each source has on the way to the head."""
         event = self.head[0]

@@ -43,6 +43,7 @@ from .snapshot import Snapshot, list_snapshots, read_snapshot, write_snapshot
 from .telling import Learned
 from .verify import Verified, verify_life
 from .voice import Voice, draws
+from .why import Why, explain
 
 
 class Learner:
@@ -280,6 +281,12 @@ class Learner:
             found.append(float(out.nll[1:].double().mean()))
         return found
 
+    def why(self, prompt: Given, answer: Given, *, exact: bool = False, tell: Tell | None = None) -> Why:
+        """What an answer after a prompt owes to each level and, estimated, to each source; with `exact` checked by
+        learning everything again without each."""
+        asked = (as_tokens(prompt, self.tokens), as_tokens(answer, self.tokens))
+        return explain(self.folder, self.journal, self.fold, self.tokens, self.state, asked, exact=exact, tell=tell)
+
     def status(self) -> dict[str, Any]:
         """What the life is, has read and weighs, as plain data."""
         rules = self.state.reading.levels.rules
@@ -354,21 +361,21 @@ class Learner:
             self.journal.note("rollback", self.journal.last(), event=target, was=was)
         self._return(tell)
 
-    def forget(self, source: str, tell: Tell | None = None) -> None:
-        """Forget a source exactly: all that was read from it and all that derives from it goes, and the rest is
-        learned again from the newest snapshot before it. Raises ValueError, and forgets nothing, where the journal
+    def forget(self, *sources: str, tell: Tell | None = None) -> None:
+        """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
+        learned again from the newest snapshot before them. Raises ValueError, and forgets nothing, where the journal
         was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation."""
         self._writing()
-        kind, _, name = source.partition(" ")
-        if kind == "conversation" and name in conversations(self.folder):
-            remove_conversation(self.folder, name)
-            if not self._ordinals[source]:
-                return
-        plan = plan_forgetting(self.journal, source)
+        talks = {f"conversation {name}": name for name in conversations(self.folder)}
+        read = [source for source in sources if source not in talks or self.journal.has_source(source)]
+        plan = plan_forgetting(self.journal, read)
         way_back(self.folder, self.journal, self._like, plan.head, plan.base, plan.gone)
-        take_out(self.journal, plan)
-        scrub(self.journal)
-        self._return(tell)
+        for source in talks.keys() & set(sources):
+            remove_conversation(self.folder, talks[source])
+        if read:
+            take_out(self.journal, plan)
+            scrub(self.journal)
+            self._return(tell)
 
     def fork(self, folder: Path | str, at: str | int | None = None) -> "Learner":
         """A copy of this life in another folder, as it stands or as it stood `at`; from there on they know nothing

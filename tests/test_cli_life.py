@@ -12,7 +12,7 @@ from nestling.cli import life, main, reading, talking
 
 OPTIONS = {
     life.new: "directory model preset config json",
-    life.status: "directory json",
+    life.status: "directory now json",
     life.history: "directory json",
     life.snapshot: "directory name json",
     life.rollback: "directory to json",
@@ -61,6 +61,8 @@ def test_a_life_by_commands(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert status["seed"] == 4
     sources = list(status["sources"])
     assert [Path(source).name for source in sources] == ["a.txt", "b.txt"]
+    now = told(capfd, "status", where, "--now")["sources"][sources[1]]
+    assert 0 < now["nats_now"] < now["nats"]  # it was learned
     assert [line["action"] for line in told(capfd, "history", where)] == ["birth", "learn", "learn"]
     assert told(capfd, "snapshot", where, "two")["event"] == 2
     learned = told(capfd, "learn", where, folder / "a.txt", "--source", "again")

@@ -1,5 +1,6 @@
 """A life on disk: journal, replay, rollback, fork, exact forgetting. Every equality is of all bits."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lives import CONFIG, KEEP, MODEL, crash, same, text
-from nestling.learner import Busy, Learner
+from nestling.learner import Busy, Learner, machine
 from nestling.levels import Reader
 from nestling.memory.state import flatten
 from nestling.models import Decoder
@@ -273,3 +274,31 @@ def test_birth_can_go_on_from_a_reading_state(tmp_path: Path) -> None:
         expected = flatten(state)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in flatten(life.state.reading).items())
         assert life.status()["position"] == 50
+
+
+def test_another_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Learner.create(tmp_path / "life", MODEL, config=KEEP)
+    life.learn(text(1), "one")
+    life.snapshot()
+    life.accept(text(2), "two")
+    crash(life)
+    here = {**machine(), "threads": 64}
+    monkeypatch.setattr(sys.modules["nestling.learner.machine"], "machine", lambda: here)
+    with Learner.open(tmp_path / "life") as again:
+        assert any("not the same bit for bit: threads: 1 then, 64 now" in note for note in again.notes)
+        assert set(again.sources()) == {"one", "two"}
+    with Learner.open(tmp_path / "life") as again:
+        assert again.notes == []  # nothing had to be learned again
+
+
+def test_what_a_killed_copy_left_is_removed(life: Learner, tmp_path: Path) -> None:
+    (tmp_path / ".fork.tmp99999999").mkdir()
+    life.fork(tmp_path / "fork").close()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_remembered_is_evaluated_on_what_was_read(life: Learner) -> None:
+    life.learn(text(1), "one")
+    life.learn(text(2), "two")
+    first = bytes(text(2)[:64])  # the first event of it
+    assert life.remembered() == {"one": life.evaluate([text(1)[:64]])[0], "two": life.evaluate([first])[0]}

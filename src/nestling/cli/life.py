@@ -57,15 +57,18 @@ def new(
 
 
 @app.command(name="status")
-def status(directory: LifeFolder, *, json: bool = False) -> None:
+def status(directory: LifeFolder, *, now: bool = False, json: bool = False) -> None:
     """Say what a life is, what it has read and how large it is. Beside its writer too.
 
     Args:
         directory: a life.
+        now: read the beginning of every source again, without learning, and say how surprising it is now.
         json: print it as JSON.
     """
     with Learner.open(directory, write=False) as life:
         told = life.status()
+        for source, nats in (life.remembered() if now else {}).items():
+            told["sources"][source]["nats_now"] = nats
     if json:
         print_json(told)
         return
@@ -85,12 +88,13 @@ def status(directory: LifeFolder, *, json: bool = False) -> None:
 
 
 def _sources(sources: dict[str, dict[str, Any]]) -> Table:
-    table = Table("source", "tokens", "bits/token when read", "levels moved by", "refused", "")
+    table = Table("source", "tokens", "bits/token when read", "now", "levels moved by", "refused", "")
     for name, about in sources.items():
         moved = " ".join(f"{value:.1e}" for value in about["moved"])
         refused = ", ".join(f"{count} {reason}" for reason, count in about["refused"].items())
         kept = "in quarantine" if about["quarantined"] else "trusted" if about["trusted"] else ""
-        table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", moved, refused, kept)
+        now = f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else ""
+        table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", now, moved, refused, kept)
     return table
 
 

@@ -317,6 +317,16 @@ class Learner:
         """Whether every file is what was written (see `verify_life`)."""
         return verify_life(self.folder, replay=replay)
 
+    def remembered(self, tokens: int = 1024) -> dict[str, float]:
+        """Per source: mean nats of the first `tokens` of what it was, with the levels as they stand now (see
+        `evaluate`); beside the surprise when it was read, what is left of it. Pruned sources are left out."""
+        first: dict[str, Event] = {}
+        for event in self.journal.path_events(self.at):
+            if event.kind == "learn" and not event.pruned:
+                first.setdefault(event.source, event)
+        texts = [read_back(self.journal.content(event), event, self.tokens)[:tokens] for event in first.values()]
+        return dict(zip(first, self.evaluate(texts), strict=True))
+
     def history(self) -> list[dict[str, Any]]:
         """What happened, oldest first."""
         return telling.history(self.journal)

@@ -46,7 +46,9 @@ def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int)
     for snapshot in sorted(live, key=lambda s: (way[s.event], s.number), reverse=True):
         try:
             state = read_snapshot(snapshot.folder, like)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if not snapshot.folder.exists():  # let go of by the writer meanwhile: there is a newer one
+                return newest_state(folder, journal, like, event)
             notes.append(f"{error}; an older snapshot is taken")
             damaged.add(snapshot.number)
             continue

@@ -95,8 +95,9 @@ def _check_snapshots(folder: Path, journal: Journal, model: LevelledModel, repor
             if void(journal, listed[each]) and not journal.facts()["void"]:
                 raise ValueError(f"{each}: its event {listed[each].event} is not in the journal")
             good.append(listed[each])
-        except ValueError as error:
-            report.problems.append(str(error))
+        except (ValueError, OSError) as error:
+            if each.exists():  # else its writer let go of it meanwhile
+                report.problems.append(str(error))
     report.checked["snapshots"] = len(good)
     return good
 

@@ -93,6 +93,17 @@ def test_a_document_goes_on_over_calls_and_openings(tmp_path: Path) -> None:
         assert two.state.source is None
 
 
+def test_another_source_ends_what_was_open(tmp_path: Path) -> None:
+    """The open segment is learned and the sequence state starts afresh, as if the document had been ended by hand."""
+    lives = [Learner.create(tmp_path / str(number), MODEL, config=KEEP) for number in range(2)]
+    for life, ends in zip(lives, (False, True), strict=True):
+        life.learn(text(1, 50), "one", ends=ends)
+        life.learn(text(2, 50), "two")
+    same(*lives)
+    for life in lives:
+        life.close()
+
+
 def test_one_writer_many_readers(life: Learner) -> None:
     life.learn(text(1), "doc")
     with pytest.raises(Busy, match="open for writing already"):

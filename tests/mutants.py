@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant("learner/guards.py", "if record.quarantined:", "if False:", "tests/test_guards.py"),
     Mutant("learner/voice.py", "self.read(torch.tensor([token]))", "pass", "tests/test_conversations.py"),
     Mutant("learner/files.py", ".hexdigest() != expected:", '.hexdigest() == "":', "tests/test_life_damage.py"),
-    Mutant("learner/journal.py", "        self.witness.write(parent, chain)\n", "", "tests/test_life_damage.py"),
+    Mutant("learner/recovery.py", "if seen is not None and seen[0] > steps:", "if False:", "tests/test_life_damage.py"),
     Mutant(
         "learner/snapshot.py",
         "s.number not in newest | pinned and",

@@ -112,12 +112,28 @@ def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) ->
     log = tmp_path / "copy" / "journal.sqlite-wal"
     (tmp_path / "copy" / "journal.sqlite-shm").unlink()
     flip(log, 0.01)  # SQLite takes the log up to its first bad frame for all of it
-    with pytest.raises(ValueError, match="was acknowledged, but the journal ends at"):
+    with pytest.raises(ValueError, match="of 7 steps that were acknowledged it has 6"):
         Learner.open(tmp_path / "copy")
     with Learner.open(tmp_path / "copy", write=False) as reader, reader.fork(tmp_path / "rest") as rest:
         assert set(rest.sources()) == {f"doc {number}" for number in range(6)}
     with Learner.open(folder) as whole_again:
         assert "last" in whole_again.sources()
+
+
+@pytest.mark.parametrize("step", ["rollback", "forget"])
+def test_a_lost_step_back_is_noticed(step: str, folder: Path, tmp_path: Path) -> None:
+    """A log that lost the transaction of a rollback, or of a forgetting, does not bring back what was left behind."""
+    life = Learner.open(folder)
+    life.journal.ask("PRAGMA wal_checkpoint(TRUNCATE)")
+    log = folder / "journal.sqlite"
+    before = log.read_bytes()
+    life.rollback(2) if step == "rollback" else life.forget("doc 2")
+    crash(life)
+    log.write_bytes(before)
+    log.with_name("journal.sqlite-wal").unlink(missing_ok=True)
+    log.with_name("journal.sqlite-shm").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="steps that were acknowledged"):
+        Learner.open(folder)
 
 
 def test_a_cut_journal_is_an_error(folder: Path) -> None:

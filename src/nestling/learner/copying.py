@@ -70,9 +70,8 @@ def copy_life(life: Path, journal: Journal, folder: Path, event: int) -> None:
                 shutil.copytree(snapshot.folder, new / "snapshots" / snapshot.folder.name)
         other = Journal(new)
         try:
-            with other.transaction():
+            with other.transaction(acknowledged=True):
                 other.set_fact("head", [event, other.chain_of(event)])
                 other.note("forked", other.last(), event=event)
-            other.witness.write(other.last(), "fork")
         finally:
             other.close()

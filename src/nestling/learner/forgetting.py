@@ -50,7 +50,7 @@ def take_out(journal: Journal, plan: Plan) -> None:
             event = by_id[event].parent
         return event
 
-    with journal.transaction() as db:
+    with journal.transaction(acknowledged=True) as db:
         for event in events:
             if event.id in plan.gone:
                 db.execute("DELETE FROM events WHERE id = ?", (event.id,))

@@ -68,10 +68,10 @@ class Journal:
             db = sqlite3.connect(path, isolation_level=None)
             db.execute("PRAGMA journal_mode=WAL")
             db.executescript(SCHEMA)
-            facts = {"head": [BIRTH, chain], "birth": chain, "scrub": 0, "void": 0}
+            facts = {"head": [BIRTH, chain], "birth": chain, "steps": 0, "scrub": 0, "void": 0}
             db.executemany("INSERT INTO facts VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()])
             db.close()
-        Witness(folder / "witness").write(BIRTH, chain)
+        Witness(folder / "witness").write(0, chain)
         return cls(folder)
 
     def close(self) -> None:
@@ -82,8 +82,9 @@ class Journal:
         self.witness.close()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing, on the disk at the end; what events have done is written along."""
+    def transaction(self, *, acknowledged: bool = False) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing, on the disk at the end; what events have done is written along. acknowledged: the
+        step may never be lost: it is counted, and the witness is told."""
         with _clear(self.path):
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -92,12 +93,17 @@ class Journal:
                     [(done, text, event) for event, text, done in self._pending],
                 )
                 yield self.db
+                if acknowledged:
+                    self.set_fact("steps", self.facts()["steps"] + 1)
                 self.db.execute("COMMIT")
             except BaseException:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 raise
         self._pending.clear()
+        if acknowledged:
+            facts = self.facts()
+            self.witness.write(facts["steps"], facts["head"][1])
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _clear(self.path):
@@ -173,7 +179,7 @@ class Journal:
         they are acknowledged."""
         parent, chain = self.head
         counted, events = Counter(ordinals), []
-        with self.transaction() as db:
+        with self.transaction(acknowledged=True) as db:
             for entry in entries:
                 blob = hashlib.sha256(entry.content).hexdigest() if entry.content else ""
                 if blob:
@@ -196,7 +202,6 @@ class Journal:
             self.set_fact("head", [parent, chain])
         ordinals.clear()
         ordinals.update(counted)
-        self.witness.write(parent, chain)
         return events
 
     def record(self, event: int, statistics: dict[str, Any], done: int) -> None:

@@ -366,7 +366,7 @@ class Learner:
         self._writing()
         target, was = self.resolve(to), self.at
         way_back(self.folder, self.journal, self._like, target)
-        with self.journal.transaction():
+        with self.journal.transaction(acknowledged=True):
             self.journal.set_fact("head", [target, self.journal.chain_of(target)])
             self.journal.note("rollback", self.journal.last(), event=target, was=was)
         self._return(tell)

@@ -28,10 +28,10 @@ class Found(NamedTuple):
 
 def check_witness(journal: Journal) -> None:
     """Raises ValueError where the journal has lost what was acknowledged."""
-    seen, last = journal.witness.read(), journal.last()
-    if seen is not None and seen[0] > last:
+    seen, steps = journal.witness.read(), journal.facts()["steps"]
+    if seen is not None and seen[0] > steps:
         raise ValueError(
-            f"{journal.path}: damaged: event {seen[0]} was acknowledged, but the journal ends at event {last}; "
+            f"{journal.path}: damaged: of {seen[0]} steps that were acknowledged it has {steps}; "
             "fork the life to go on from what is left of it"
         )
 

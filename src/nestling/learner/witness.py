@@ -11,26 +11,28 @@ SLOT = 128  # bytes; two slots, written in turn, so that a torn write spoils one
 
 
 class Witness:
-    """A small file with the newest event that was acknowledged, written after the journal."""
+    """A small file with the number of steps that were acknowledged (events, rollbacks, forgettings), written after the
+    journal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
         self._turn = 0
 
-    def write(self, event: int, chain: str) -> None:
-        """Bear witness that an event is in the journal; on the disk when this returns."""
+    def write(self, steps: int, chain: str) -> None:
+        """Bear witness that so many steps are in the journal, and of the head's chain hash; on the disk when this
+        returns."""
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._turn = 1 - self._newest_slot()
-        line = f"{event} {chain}"
+        line = f"{steps} {chain}"
         slot = f"{line} {hashlib.sha256(line.encode()).hexdigest()}".encode().ljust(SLOT, b"\n")
         os.pwrite(self._handle, slot, self._turn * SLOT)
         os.fdatasync(self._handle)
         self._turn = 1 - self._turn
 
     def read(self) -> tuple[int, str] | None:
-        """The newest event that was witnessed and its chain hash; None where no slot is whole."""
+        """The steps that were witnessed and the head's chain hash then; None where no slot is whole."""
         found = [slot for slot in self._slots() if slot is not None]
         return max(found) if found else None
 

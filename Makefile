@@ -33,6 +33,7 @@ test: lint
 
 test-kill: $(VENV)/installed
 	$(BIN)/python tests/kills.py --kills 20
+	OMP_NUM_THREADS=1 $(BIN)/python tests/life_kills.py --kills 100
 
 test-mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py

@@ -28,6 +28,30 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    Mutant("learner/fold.py", "if state.source not in (None, event.source):", "if False:", "tests/test_life.py"),
+    Mutant("learner/fold.py", "if event.ends:", "if True:", "tests/test_life.py"),
+    Mutant("learner/forgetting.py", "parent = kept(event.parent)", "parent = event.parent", "tests/test_life.py"),
+    Mutant("learner/forgetting.py", " or event.derived in tainted", "", "tests/test_life.py"),
+    Mutant("learner/forgetting.py", 'journal.ask("VACUUM")', "pass", "tests/test_life.py"),
+    Mutant(
+        "learner/guards.py", "if not (math.isfinite(surprise) and _finite(after)):", "if False:", "tests/test_guards.py"
+    ),
+    Mutant("learner/guards.py", "if record.quarantined:", "if False:", "tests/test_guards.py"),
+    Mutant("learner/voice.py", "self.read(torch.tensor([token]))", "pass", "tests/test_conversations.py"),
+    Mutant("learner/files.py", ".hexdigest() != expected:", '.hexdigest() == "":', "tests/test_life_damage.py"),
+    Mutant("learner/recovery.py", "if seen is not None and seen[0] > steps:", "if False:", "tests/test_life_damage.py"),
+    Mutant(
+        "learner/snapshot.py",
+        "s.number not in newest | pinned and",
+        "s.number not in newest and",
+        "tests/test_conversations.py",
+    ),
+    Mutant(
+        "learner/why.py",
+        "moved_alone(fold, journal, tokens, birth, events)",
+        "moved_alone(fold, journal, tokens, birth, path)",
+        "tests/test_why.py",
+    ),
     Mutant(
         "memory/rule.py",
         "buffer = _plus(_wide(gates.momentum) * state.buffer, times, added, own=True)",

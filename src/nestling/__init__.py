@@ -7,6 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nestling.checks import check as check
+    from nestling.learner import Guards as Guards
+    from nestling.learner import Learner as Learner
+    from nestling.learner import LifeConfig as LifeConfig
     from nestling.learner import load_state as load_state
     from nestling.learner import save_state as save_state
     from nestling.levels import Continuum as Continuum
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 # Names are looked up when they are first used: importing the package costs nothing, torch included.
 _ROOMS = {
     "checks": ("check",),
-    "learner": ("load_state", "save_state"),
+    "learner": ("Guards", "Learner", "LifeConfig", "load_state", "save_state"),
     "levels": ("Continuum", "Reader", "ReadingState", "level", "mean_surprise", "neurons", "spectrum", "stack"),
     "memory": [
         "Gates",

@@ -6,6 +6,7 @@ DIR/life/N/   levels.safetensors, sequence.safetensors, life.json, after N token
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from nestling.memory.state import flatten, unflatten
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
 
-from .files import Generation, newest, read_generation, write_generation
+from .files import Contents, Generation, newest, read_generation, write_generation
 from .stacked import SavedStack
 from .states import fingerprint
 
@@ -86,17 +87,7 @@ def open_life(directory: Path, saved: SavedModel | SavedStack, reader: Any) -> A
             f"{folder}: a life of model {facts.get('model')}, but the model in {directory} is {saved.hash}; "
             "train into another folder, or move life/ away"
         )
-    levels: LevelsState = unflatten(start.levels, life.tensors["levels"])
-    between = start._replace(levels=levels, position=torch.tensor(facts["position"]))
-    sequence = life.tensors["sequence"]
-    if not isinstance(start, ReadingState):
-        return between._replace(segment=sequence["segment"])
-    return between._replace(
-        segment=sequence["segment"],
-        logits=sequence["logits"],
-        before=unflatten(start.before, sequence, "before."),
-        now=unflatten(start.now, sequence, "now."),
-    )
+    return unpack(start, life.tensors, facts["position"])
 
 
 def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
@@ -120,15 +111,36 @@ def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
 
 def save_life(directory: Path, saved: SavedModel | SavedStack, state: Any, facts: dict[str, Any]) -> Path:
     """Write a life, levels and sequence state each in a file of their own, in one atomic step."""
-    sequence = {"segment": state.segment}
-    if isinstance(state, ReadingState):
-        sequence |= {"logits": state.logits} | flatten(state.before, "before.") | flatten(state.now, "now.")
     position = int(state.position)
     name = {"base": saved.name} if isinstance(saved, SavedStack) else {}
     about = {"format": FORMAT, "model": saved.hash, "position": position, **name, **facts}
-    contents: dict[str, dict[str, torch.Tensor] | str] = {
-        "levels.safetensors": flatten(state.levels),
-        "sequence.safetensors": sequence,
-        "life.json": json.dumps(about, indent=2),
-    }
+    contents: Contents = {**pack(state), "life.json": json.dumps(about, indent=2)}
     return write_generation(directory / "life", position, contents)
+
+
+def pack(state: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """A reading state as files: levels and sequence state each in one of their own."""
+    sequence = {"segment": state.segment}
+    if isinstance(state, ReadingState):  # an encoder's state has no sequence state in it
+        sequence |= {"logits": state.logits} | flatten(state.before, "before.") | flatten(state.now, "now.")
+    return {"levels.safetensors": flatten(state.levels), "sequence.safetensors": sequence}
+
+
+def unpack(like: Any, tensors: Mapping[str, dict[str, torch.Tensor]], position: int) -> Any:
+    """The reading state that `pack` gave, for the model whose state `like` is. Raises ValueError naming a tensor that
+    is missing or does not fit."""
+    for name in ("levels", "sequence"):
+        if name not in tensors:
+            raise ValueError(f"{name}.safetensors is missing")
+    sequence = tensors["sequence"]
+    levels: LevelsState = unflatten(like.levels, tensors["levels"])
+    if not isinstance(like, ReadingState):
+        return like._replace(levels=levels, position=torch.tensor(position), segment=sequence["segment"])
+    return ReadingState(
+        levels=levels,
+        position=torch.tensor(position),
+        segment=sequence["segment"],
+        before=unflatten(like.before, sequence, "before."),
+        now=unflatten(like.now, sequence, "now."),
+        logits=sequence["logits"],
+    )

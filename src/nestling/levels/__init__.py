@@ -8,7 +8,7 @@ from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
 from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
-from .reading import Reader, ReadingState, ReadOut
+from .reading import Accept, LevelledModel, Reader, ReadingState, ReadOut
 from .stacking import StackConfig, Stacked, StackedDecoder, StackedEncoder, stack
 from .transfer import (
     Box,
@@ -27,6 +27,7 @@ from .whole import Whole
 from .writing import LevelsState, begin, write
 
 __all__ = [
+    "Accept",
     "Box",
     "Context",
     "Continuum",
@@ -36,6 +37,7 @@ __all__ = [
     "InContext",
     "InContextState",
     "Level",
+    "LevelledModel",
     "LevelsState",
     "Loss",
     "MaskedReader",

@@ -71,6 +71,9 @@ def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
     return min(position // step * step + step for step in steps)
 
 
+Accept = Callable[[LevelsState, LevelsState, Tensor, int], LevelsState]
+"""(levels before a write, levels after it, loss of its segment in nats, tokens of the segment) -> levels that stand"""
+
 _BLOCK = 2048  # tokens of one forward pass where no cut asks for less
 
 
@@ -80,12 +83,14 @@ class Reader:
 
     segment: tokens between cuts; None for the fastest period. The model itself is not changed: the levels'
     weights live in the state. Deterministic; one pass = split passes = token by token. What is read without
-    learning is never learned later, nor is a segment that was still open then.
+    learning is never learned later, nor is a segment that was still open then. accept: asked at every write which
+    levels stand after it; None: those that were written.
     """
 
     model: LevelledModel
     learning: bool = True
     segment: int | None = None
+    accept: Accept | None = None
 
     def begin(self, levels: LevelsState | None = None) -> ReadingState:
         """The state before the first token; with given levels, or those of the model."""
@@ -184,6 +189,8 @@ class Reader:
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             levels = write(self.model.levels, state.levels, loss, taps)
+        if self.accept is not None:
+            levels = self.accept(state.levels, levels, loss.detach(), tokens.numel())
         return logits[0].detach(), levels, detach(now)
 
 

@@ -3,10 +3,21 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from nestling.memory.structure import Weights
 
 from .decoder import Decoder
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """One token from logits [V]; temperature 0 takes the most likely. Raises ValueError below it."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if temperature == 0:
+        return int(logits.argmax())
+    chances = (logits.double() / temperature).softmax(-1)
+    return int(torch.multinomial(chances, 1, generator=generator))
 
 
 @torch.no_grad()
@@ -41,10 +52,6 @@ def _generate(
     with torch.no_grad():
         logits, state = model(torch.tensor([list(prompt)]), weights=weights)
         for _ in range(tokens):
-            if temperature == 0:
-                token = int(logits[0, -1].argmax())
-            else:
-                chances = (logits[0, -1].double() / temperature).softmax(-1)
-                token = int(torch.multinomial(chances, 1, generator=generator))
+            token = sample(logits[0, -1], temperature, generator)
             yield token
             logits, state = model(torch.tensor([[token]]), state, weights=weights)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nestling.learner import load_model
+from nestling.learner import load_model, machine
 from nestling.levels import LevelsState, Reader, level, mean_surprise, surprise_by_position
 from nestling.memory import gradient_descent, mlp
 from nestling.models import Decoder, ModelConfig, preset
 from nestling.sequence import attention
-from nestling.train import Stream, TrainConfig, Trainer, machine, save_run
+from nestling.train import Stream, TrainConfig, Trainer, save_run
 
 from .embedded import Body, embedded_bodies
 from .record import commit

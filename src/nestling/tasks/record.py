@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nestling.train import machine
+from nestling.learner import machine
 
 
 def commit() -> str | None:

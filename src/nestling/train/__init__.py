@@ -1,7 +1,7 @@
 """Pre-training over contiguous streams of bytes."""
 
-from .checkpoint import load_run, machine, save_run
-from .data import Batch, Stream, read_documents
+from .checkpoint import load_run, save_run
+from .data import Batch, Stream, named_documents, read_documents
 from .loop import LevelClock, StepReport, TrainConfig, Trainer, train
 from .outer import OnClocks
 
@@ -14,7 +14,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "load_run",
-    "machine",
+    "named_documents",
     "read_documents",
     "save_run",
     "train",

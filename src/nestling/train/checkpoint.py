@@ -1,24 +1,17 @@
 """A training run on disk: saved whole, gone on with bit for bit."""
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nestling.learner import find_training, read_generation, write_generation
+from nestling.learner import find_training, machine, machine_differences, read_generation, write_generation
 from nestling.learner.folder import FORMAT
 from nestling.memory.state import flatten, unflatten
 from nestling.models.data import to_data
 
 from .loop import Trainer
-
-
-def machine() -> dict[str, Any]:
-    """What a bit-for-bit continuation depends on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
 
 
 def save_run(directory: Path, trainer: Trainer, run: dict[str, Any]) -> Path:
@@ -63,5 +56,4 @@ def load_run(directory: Path, trainer: Trainer) -> list[str]:
     for index, (clock, saved) in enumerate(zip(trainer.clocks, facts["clocks"], strict=True)):
         clock.elapsed, clock.steps = saved["elapsed"], saved["steps"]
         clock.gradients = [tensors[f"clock.{index}.{i}"] for i in range(saved["kept"])]
-    now = machine()
-    return [f"{name}: {was} then, {now[name]} now" for name, was in facts["machine"].items() if now[name] != was]
+    return machine_differences(facts["machine"])

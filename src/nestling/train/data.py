@@ -60,15 +60,23 @@ class Stream:
 
 
 def read_documents(paths: Sequence[Path | str]) -> list[bytes]:
-    """Every file named, and every file below every folder named, as bytes; in the order given, folders sorted.
+    """The texts of `named_documents`."""
+    return [document for _, document in named_documents(paths)]
+
+
+def named_documents(paths: Sequence[Path | str]) -> list[tuple[str, bytes]]:
+    """Every file named, and every file below every folder named, as (its path, its bytes); in the order given, folders
+    sorted.
 
     Raises ValueError naming a path that does not exist, a file that is empty, a folder without text. Hidden
     files and files with a zero byte in their first 8 KiB are not text, and are passed over inside folders.
     """
-    documents = []
+    documents: list[tuple[str, bytes]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [document for file in sorted(path.rglob("*")) if (document := _text_in_folder(file, path))]
+            found = [
+                (str(file), document) for file in sorted(path.rglob("*")) if (document := _text_in_folder(file, path))
+            ]
             if not found:
                 raise ValueError(f"{path}: the folder has no text in it")
             documents += found
@@ -76,7 +84,7 @@ def read_documents(paths: Sequence[Path | str]) -> list[bytes]:
             document = path.read_bytes()
             if not document:
                 raise ValueError(f"{path}: the file is empty")
-            documents.append(document)
+            documents.append((str(path), document))
         else:
             raise ValueError(f"{path}: no such file or folder")
     return documents

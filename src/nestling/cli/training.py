@@ -1,0 +1,141 @@
+"""nestling train: pre-train a model on text."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from nestling.learner import newest
+from nestling.models import Decoder, ModelConfig, preset
+from nestling.models.data import from_data, to_data
+from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
+
+from .shared import BITS, console, progress, registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Every field of a run, as it can stand in a TOML file under [model] and [train]."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+Flat = tyro.conf.OmitArgPrefixes
+Presets = Literal["hope", "small", "tiny", "twin", "transformer"]
+
+
+def train_command(arguments: list[str]) -> None:
+    """Pre-train a model on text."""
+    base = _base_run(_base_words(arguments))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Train:
+        data: tuple[Path, ...]  # files or folders of text
+        out: Path  # the model's folder
+        preset: Presets = "hope"  # which configuration to start from
+        config: Path | None = None  # a TOML file with [model] and [train] tables
+        resume: bool = False  # go on from the newest checkpoint in --out, bit for bit
+        checkpoint_every: int = 50  # steps
+        threads: int = 0  # 0: as many as torch takes
+        model: Annotated[ModelConfig, Flat] = base.model
+        train: Annotated[TrainConfig, Flat] = base.train
+
+    with registry:
+        asked = tyro.cli(Train, args=arguments, prog="nestling train", description="Pre-train a model on text.")
+    if asked.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be >= 1 step, got {asked.checkpoint_every}")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    torch.set_flush_denormal(True)
+    documents = read_documents(asked.data)
+    started = newest(asked.out / "train") if asked.out.is_dir() else None
+    if started is not None and not asked.resume:
+        raise ValueError(f"{asked.out}: holds a run already; go on with --resume, or choose another folder")
+    if started is None and asked.resume:
+        raise ValueError(f"{asked.out}: nothing to resume: no checkpoint in it")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise ValueError(f"{asked.out}: is a file; --out needs a folder")
+    run_training(asked.model, asked.train, documents, asked.out, asked.checkpoint_every, asked.resume, asked.data)
+
+
+def run_training(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    documents: list[bytes],
+    out: Path,
+    checkpoint_every: int,
+    resume: bool,
+    data: tuple[Path, ...],
+) -> None:
+    """Train, log to DIR/metrics.jsonl, and write checkpoints."""
+    if model_config.vocabulary != 256:
+        raise ValueError(f"vocabulary must be 256 to train on bytes, got {model_config.vocabulary}")
+    stream = Stream.of(
+        documents, rows=config.rows, length=config.length, reset_share=config.reset_share, seed=config.seed
+    )
+    if resume:
+        _check_same(out, model_config, config)
+    trainer = Trainer(Decoder(model_config, seed=config.seed), config)
+    if resume:
+        for difference in load_run(out, trainer):
+            console.print(f"[yellow]this machine differs, the run will not go on bit for bit: {difference}[/]")
+    run = {"data": [str(path) for path in data], "bytes": sum(map(len, documents))}
+    out.mkdir(parents=True, exist_ok=True)
+    with progress() as bars, open(out / "metrics.jsonl", "a") as log:
+        task = bars.add_task("training", total=config.steps, completed=trainer.step, note="")
+        while trainer.step < config.steps:
+            report = trainer.run_step(stream)
+            log.write(json.dumps(report._asdict()) + "\n")
+            bars.update(task, completed=trainer.step, note=f"{report.loss * BITS:.3f} bits/byte")
+            if trainer.step % checkpoint_every == 0 or trainer.step == config.steps:
+                log.flush()
+                save_run(out, trainer, run)
+    console.print(f"{out}: {trainer.step} steps, {trainer.step * config.rows * config.length:,} tokens")
+
+
+def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig) -> None:
+    folder = newest(out / "train")
+    assert folder is not None
+    saved = json.loads((folder / "config.json").read_text())
+    for name, now in (("model", to_data(model_config)), ("train", to_data(config))):
+        for key, value in now.items():
+            was = saved[name].get(key)
+            if was != value and not (name == "train" and key == "steps"):
+                raise ValueError(f"--resume: {key} was {was!r} in {out}, and is {value!r} now; a run goes on unchanged")
+
+
+def _base_words(arguments: list[str]) -> dict[str, str]:
+    """The words after --preset and --config, which decide the defaults of everything else."""
+    found: dict[str, str] = {}
+    for index, word in enumerate(arguments):
+        for name in ("--preset", "--config"):
+            if word == name and index + 1 < len(arguments):
+                found[name] = arguments[index + 1]
+            elif word.startswith(name + "="):
+                found[name] = word.partition("=")[2]
+    return found
+
+
+def _base_run(found: dict[str, str]) -> Run:
+    name = found.get("--preset", "hope")
+    base = Run(model=preset(name))
+    if "--config" not in found:
+        return base
+    path = Path(found["--config"])
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        told = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    data = to_data(base)
+    for table, values in told.items():
+        if table not in data or not isinstance(values, dict):
+            raise ValueError(f"{path}: unknown table {table!r}; known: model, train")
+        data[table] = {**data[table], **values}
+    return from_data(Run, data, path=str(path))

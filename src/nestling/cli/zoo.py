@@ -1,0 +1,102 @@
+"""nestling zoo, nestling demo: what the library ships with."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nestling.memory import known
+from nestling.sequence.named import FAR, Model, error, size
+from nestling.sequence.zoo import rows, zoo
+from nestling.tasks.demo import DEMO_TRAIN, DemoConfig, run_demo, shortened
+from nestling.tasks.report import print_report, write_report
+
+from .shared import app, progress
+
+
+@app.command(name="zoo")
+def zoo_command(name: tyro.conf.Positional[str | None] = None, *, check: bool = False) -> None:
+    """List the named models as points in Miras' space of four choices, tell of one, or check all.
+
+    Args:
+        name: of a model to tell more of.
+        check: run every model against its oracle, in each of its ways, and print how far they are apart.
+    """
+    shown = {name: known(name, zoo, "model")} if name is not None else dict(rows())
+    if check:
+        Console().print(checked(shown))
+    elif name is None:
+        Console().print(listed(shown))
+    else:
+        model = shown[name]
+        parts = zip(("structure", "attentional bias", "retention", "algorithm"), model.choices, strict=True)
+        told = {"": f"{model.equation}", "from": model.source, "expression": f"{model.mixer}", **dict(parts)}
+        told |= {"runs": ", ".join(model.ways), "note": model.note}
+        table = Table(title=name, show_header=False)
+        for word, text in told.items():
+            if text:
+                table.add_row(word, Text(text))
+        Console().print(table)
+
+
+def listed(models: dict[str, Model]) -> Table:
+    """A row a model: the four choices, numbers of state and products a token, of one head of 64."""
+    columns = ("model", "structure", "attentional bias", "retention", "algorithm", "ways", "state", "FLOPs/token")
+    table = Table(*columns, caption="one head of 64; FLOPs of a forward pass with projections")
+    for name, model in models.items():
+        cost = size(model.mixer)
+        cells = (name, *model.choices, ", ".join(model.ways), f"{cost.state:,}", f"{cost.flops:,}")
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def checked(models: dict[str, Model]) -> Table:
+    """A row a model and way: the largest relative difference from its oracle. Raises ValueError where one is large."""
+    table = Table("model", "way", "error", "note")
+    far = []
+    for name, model in models.items():
+        for way in model.ways if model.oracle is not None else ():
+            found = error(model, way)
+            table.add_row(name, way, f"{found:.1e}", "")
+            far += [] if found <= FAR else [f"{name} {way}"]
+        if model.oracle is None:
+            table.add_row(name, "", "", Text(model.note, style="dim"))
+    if far:
+        Console().print(table)
+        raise ValueError(f"not as their oracles: {', '.join(far)}")
+    return table
+
+
+@app.command(name="demo")
+def demo(*, out: Path = Path("runs/demo"), short: bool = False, seed: int = 0) -> None:
+    """Pre-train a small Hope on text that every Python ships with, let it read two other bodies of text, and
+    report what it learned and what it forgot.
+
+    Args:
+        out: where report.html, report.json and the model go.
+        short: a few steps of everything, for a quick check that it runs.
+        seed: of the weights, the split of the text, the order of the stream.
+    """
+    config = DemoConfig(seed=seed, train=replace(DEMO_TRAIN, seed=seed))
+    if short:
+        config = shortened(config)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; --out needs a folder")
+    with tempfile.TemporaryDirectory() as scratch, progress() as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, done: float, total: float, note: str) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, note="")
+            bars.update(tasks[name], completed=done, note=note)
+
+        data = run_demo(config, Path(scratch), tell)
+        out.mkdir(parents=True, exist_ok=True)
+    print_report(data, Console())
+    html, numbers = write_report(data, out)
+    print(f"{html}\n{numbers}")

@@ -1,0 +1,199 @@
+"""Guards: which writes a life takes in. Each decision is a function of the path so far: a replay repeats it."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.levels import LevelsState, level
+from nestling.memory import Summed
+from nestling.memory.rule import EveryState
+from nestling.memory.state import flatten
+from nestling.memory.structure import Weights
+
+RATE = 1 / 64  # of the running means, per segment
+SHORT = 16  # tokens; of a segment that is shorter no jump is told: a few tokens say too little
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """When a write is refused. What is not finite always is."""
+
+    surprise_jump: float = 2.5  # times the running mean of a segment's nats a token
+    level_jump: float = 8.0  # times the running mean of what a segment adds to a level, or of what a tick moves it
+    warm_segments: int = 16  # taken in before a jump can be told
+    strikes: int = 6  # refused segments of a source, before it is quarantined
+    share: float = 0.5  # of the source's segments that they must be
+
+    def __post_init__(self) -> None:
+        for name in ("surprise_jump", "level_jump"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} must be > 1 (inf: no bound), got {getattr(self, name)}")
+        for name in ("warm_segments", "strikes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1 segment, got {getattr(self, name)}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {self.share}")
+
+
+class Running(NamedTuple):
+    """A running mean."""
+
+    values: int = 0  # that were added
+    mean: float = 0.0
+
+    def add(self, value: float) -> "Running":
+        return Running(self.values + 1, self.mean + (value - self.mean) * max(1 / (self.values + 1), RATE))
+
+    def jumps(self, value: float, times: float, warm: int) -> bool:
+        return self.values >= warm and value > times * self.mean > 0
+
+
+class Record(NamedTuple):
+    """A source in the guards' eyes."""
+
+    segments: int = 0
+    refused: int = 0
+    quarantined: bool = False
+    trusted: bool = False
+
+
+class GuardState(NamedTuple):
+    """What the guards have seen on the way here: plain numbers."""
+
+    surprise: Running  # of segments, nats a token
+    added: tuple[Running, ...]  # per level: norm of what a segment adds to its accumulated gradient
+    moved: tuple[Running, ...]  # per level: norm of a tick's change of its weights
+    sources: dict[str, Record]
+
+    @classmethod
+    def begin(cls, levels: int) -> "GuardState":
+        return cls(Running(), (Running(),) * levels, (Running(),) * levels, {})
+
+    def to_data(self) -> dict[str, Any]:
+        return {**self._asdict(), "sources": {name: list(record) for name, record in self.sources.items()}}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> "GuardState":
+        runs = {name: tuple(Running(*run) for run in data[name]) for name in ("added", "moved")}
+        sources = {name: Record(*record) for name, record in data["sources"].items()}
+        return cls(Running(*data["surprise"]), runs["added"], runs["moved"], sources)
+
+    def record(self, source: str) -> Record:
+        return self.sources.get(source, Record())
+
+    def with_record(self, source: str, record: Record) -> "GuardState":
+        return self._replace(sources={**self.sources, source: record})
+
+
+class Guard:
+    """Judges the writes of one event of one source; `Reader.accept`. Made for the event and thrown away after it:
+    `state` is what the guards know at its end, `refused` and `held` what was not taken in."""
+
+    def __init__(self, rules: Guards, levels: tuple[level, ...], state: GuardState, source: str) -> None:
+        self.rules, self.levels, self.state, self.source = rules, levels, state, source
+        self.refused: Counter[str] = Counter()
+        self.held: Counter[int] = Counter()  # level -> ticks whose change was too large
+
+    def __call__(self, before: LevelsState, after: LevelsState, loss: Tensor, tokens: int) -> LevelsState:
+        surprise = float(loss) / max(1, tokens)
+        added, moved = self._measure(before, after, tokens)
+        if tokens < SHORT:
+            added = {}
+        reason = self._reason(surprise, added, after, tokens)
+        if tokens >= SHORT:
+            self._count(reason)
+        if reason:
+            self.refused[reason] += 1
+            after = passed_over(self.levels, before, tokens)
+            added, moved = {}, self._measure(before, after, tokens)[1]
+        elif tokens >= SHORT:
+            self.state = self.state._replace(surprise=self.state.surprise.add(surprise))
+        return self._hold(before, after, added, moved)
+
+    def _reason(self, surprise: float, added: dict[int, float], after: LevelsState, tokens: int) -> str | None:
+        record, rules = self.state.record(self.source), self.rules
+        if not (math.isfinite(surprise) and _finite(after)):
+            return "not finite"
+        if record.quarantined:
+            return "quarantined"
+        if record.trusted or tokens < SHORT:
+            return None
+        if self.state.surprise.jumps(surprise, rules.surprise_jump, rules.warm_segments):
+            return "surprise"
+        for index, value in added.items():
+            if self.state.added[index].jumps(value, rules.level_jump, rules.warm_segments):
+                return "gradient"
+        return None
+
+    def _count(self, reason: str | None) -> None:
+        record = self.state.record(self.source)
+        refused, segments = record.refused + (reason is not None), record.segments + 1
+        enough = not record.trusted and refused >= max(self.rules.strikes, self.rules.share * segments)
+        record = record._replace(segments=segments, refused=refused, quarantined=record.quarantined or enough)
+        self.state = self.state.with_record(self.source, record)
+
+    def _hold(
+        self, before: LevelsState, after: LevelsState, added: dict[int, float], moved: dict[int, float]
+    ) -> LevelsState:
+        """Take the numbers of what stands into the running means; a tick that would move its level too far leaves
+        the weights where they were."""
+        runs_added, runs_moved = list(self.state.added), list(self.state.moved)
+        weights, rules = list(after.weights), list(after.rules)
+        trusted = self.state.record(self.source).trusted
+        for index, value in added.items():
+            runs_added[index] = runs_added[index].add(value)
+        for index, value in moved.items():
+            jumps = runs_moved[index].jumps(value, self.rules.level_jump, self.rules.warm_segments)
+            if not math.isfinite(value) or (jumps and not trusted):
+                weights[index] = before.weights[index]
+                rules[index] = tuple(
+                    new._replace(of=old.of) for new, old in zip(after.rules[index], before.rules[index], strict=True)
+                )
+                self.held[index] += 1
+            else:
+                runs_moved[index] = runs_moved[index].add(value)
+        self.state = self.state._replace(added=tuple(runs_added), moved=tuple(runs_moved))
+        return LevelsState(tuple(weights), tuple(rules))
+
+    def _measure(
+        self, before: LevelsState, after: LevelsState, tokens: int
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Per level that is awake: off its tick the norm of what was added to its gradient, at its tick the norm of
+        the change of its weights."""
+        added, moved = {}, {}
+        for index, lvl in enumerate(self.levels):
+            if lvl.period == math.inf:
+                continue
+            old, new = before.rules[index], after.rules[index]
+            if int(new[0].elapsed.flatten()[0]) == int(old[0].elapsed.flatten()[0]) + tokens:
+                added[index] = _norm([a.gradient - b.gradient for a, b in zip(new, old, strict=True)])
+            else:
+                moved[index] = _norm([a - b for a, b in zip(after.weights[index], before.weights[index], strict=True)])
+        return added, moved
+
+
+def passed_over(levels: tuple[level, ...], state: LevelsState, tokens: int) -> LevelsState:
+    """The levels after a segment that teaches nothing: clocks go on, and a tick steps on what came before it."""
+    weights: list[Weights] = []
+    rules: list[tuple[EveryState, ...]] = []
+    for lvl, maps, states in zip(levels, state.weights, state.rules, strict=True):
+        stepped = []
+        for weight, own in zip(maps, states, strict=True):
+            inputs = None if own.inputs is None else torch.zeros_like(own.inputs)
+            nothing = Summed(torch.zeros_like(own.gradient), inputs, tokens)
+            stepped.append(lvl.clocked.step(weight, nothing, own, lvl.gates))
+        weights.append(tuple(weight for weight, _ in stepped))
+        rules.append(tuple(own for _, own in stepped))
+    return LevelsState(tuple(weights), tuple(rules))
+
+
+def _finite(levels: LevelsState) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in flatten(levels).values())
+
+
+def _norm(changes: list[Tensor]) -> float:
+    return math.sqrt(sum(float(change.double().square().sum()) for change in changes))

@@ -1,0 +1,59 @@
+"""What is given to a life to learn, as entries of its journal."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .event import Event
+from .journal import Entry
+from .kinds import Tokens
+
+Given = str | bytes | Tensor
+"""Text, bytes or tokens [n]."""
+
+
+def pieces_of(given: Given | Iterable[Given]) -> Iterable[Given]:
+    """One piece, or the pieces of a document as they come."""
+    return (given,) if isinstance(given, (str, bytes, Tensor)) else given
+
+
+def as_tokens(given: Given, tokens: Tokens) -> Tensor:
+    """Any input as tokens. Raises ValueError for tokens that the model does not have."""
+    if not isinstance(given, Tensor):
+        return tokens.encode(given.encode() if isinstance(given, str) else given)
+    if given.dim() != 1 or given.is_floating_point():
+        raise ValueError(f"tokens must be whole numbers [n], got {given.dtype} {list(given.shape)}")
+    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= tokens.size):
+        raise ValueError(f"tokens must be in [0, {tokens.size}), got {int(given.min())} to {int(given.max())}")
+    return given.long()
+
+
+def entries_of(
+    given: Given, source: str, tokens: Tokens, *, ends: bool, derived: int | None, event_bytes: int
+) -> list[Entry]:
+    """The entries of one piece of a document, each of at most `event_bytes`. Text of a byte model is kept as it is,
+    and everything else as its tokens. Raises ValueError for what is empty or has no name."""
+    if not source:
+        raise ValueError("source is empty; a source has a name, so that it can be forgotten")
+    found = as_tokens(given, tokens)
+    if not found.numel():
+        raise ValueError(f"{source}: nothing to learn from: it is empty")
+    if tokens.size == 256:
+        whole, encoding, width = bytes(found.tolist()), "bytes", 1
+    else:
+        whole, encoding, width = found.to(torch.int32).numpy().tobytes(), "int32", 4
+    size = max(width, event_bytes // width * width)
+    parts = [whole[at : at + size] for at in range(0, len(whole), size)]
+    last = len(parts) - 1
+    return [
+        Entry(source, part, len(part) // width, ends and i == last, encoding, derived=derived)
+        for i, part in enumerate(parts)
+    ]
+
+
+def read_back(content: bytes, event: Event, tokens: Tokens) -> Tensor:
+    """The tokens of an event, from what the journal kept of it."""
+    if event.encoding == "int32":
+        return torch.frombuffer(bytearray(content), dtype=torch.int32).long() if content else torch.zeros(0).long()
+    return tokens.encode(content)

@@ -1,0 +1,108 @@
+"""Kinds of models that can have a life: how each is kept in the life's folder, and how it turns text into tokens."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nestling.levels import LevelledModel
+from nestling.memory import known
+from nestling.models import Decoder, ModelConfig
+from nestling.models.data import from_data, to_data
+
+from .files import CHECKSUMS, Contents, read_folder, write_folder
+
+FORMAT = 1
+
+
+@runtime_checkable
+class Tokens(Protocol):
+    """From text to tokens and back."""
+
+    @property
+    def size(self) -> int: ...
+    def encode(self, text: bytes) -> Tensor: ...
+    def decode(self, tokens: Tensor) -> bytes: ...
+
+
+class Bytes:
+    """A token is a byte."""
+
+    size = 256
+
+    def encode(self, text: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).long() if text else torch.zeros(0, dtype=torch.long)
+
+    def decode(self, tokens: Tensor) -> bytes:
+        return bytes(tokens.tolist())
+
+
+class Kind(NamedTuple):
+    """A kind of model. fits: is this one of them? contents: its files; load: the model from their tensors and JSON;
+    tokens: of a model."""
+
+    fits: Callable[[object], bool]
+    contents: Callable[[Any], Contents]
+    load: Callable[[dict[str, dict[str, Tensor]], dict[str, Any]], LevelledModel]
+    tokens: Callable[[Any], Tokens]
+
+
+def _decoder_contents(model: Decoder) -> Contents:
+    kind = str(model.embedding.dtype).removeprefix("torch.")
+    about = {"format": FORMAT, "kind": "decoder", "dtype": kind, "model": to_data(model.config)}
+    return {"config.json": json.dumps(about, indent=2), "model.safetensors": dict(model.state_dict())}
+
+
+def _load_decoder(tensors: dict[str, dict[str, Tensor]], about: dict[str, Any]) -> Decoder:
+    model = Decoder(from_data(ModelConfig, about["model"], path="model/config.json: model"))
+    model.to(getattr(torch, about["dtype"])).load_state_dict(tensors["model"])
+    return model.requires_grad_(False)
+
+
+def _byte_tokens(model: Decoder) -> Tokens:
+    if model.config.vocabulary != Bytes.size:
+        raise ValueError(f"a decoder of vocabulary {model.config.vocabulary} has no tokens; a life needs bytes (256)")
+    return Bytes()
+
+
+KINDS: dict[str, Kind] = {
+    "decoder": Kind(lambda model: isinstance(model, Decoder), _decoder_contents, _load_decoder, _byte_tokens),
+}
+"""Every kind of model that a life can be of; a new one is a row."""
+
+
+def kind_of(model: object) -> Kind:
+    """The kind of a model. Raises ValueError where there is none."""
+    for kind in KINDS.values():
+        if kind.fits(model):
+            return kind
+    raise ValueError(f"a life cannot be of a {type(model).__name__}; it can be of: {', '.join(KINDS)}")
+
+
+def write_model(folder: Path, model: LevelledModel) -> str:
+    """Write a model into a folder of its own, whole or not at all, and return its hash."""
+    write_folder(folder, kind_of(model).contents(model))
+    return folder_hash(folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """The hash of a model's folder: of every byte in it."""
+    return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()[:16]
+
+
+def read_model(folder: Path) -> tuple[LevelledModel, Tokens, str]:
+    """A model, its tokens and its hash. Raises ValueError naming a file that is damaged or does not fit."""
+    tensors, data = read_folder(folder)
+    about = data.get("config", {})
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder}/config.json: format {about.get('format')!r}; this version reads {FORMAT}")
+    kind = known(about["kind"], KINDS, "kind of model")
+    try:
+        model = kind.load(tensors, about)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder}: the weights do not fit config.json ({error})") from None
+    return model, kind.tokens(model), folder_hash(folder)

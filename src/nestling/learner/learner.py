@@ -1,0 +1,420 @@
+"""A model's life in a folder: one writer, any number of readers.
+
+    LIFE/life.json         what it is
+    LIFE/model/            the model, which a life does not change
+    LIFE/journal.sqlite    every event and what it read
+    LIFE/witness           how far the journal had come
+    LIFE/snapshots/N/      states
+    LIFE/conversations/    what was said to it, each conversation with a sequence state of its own
+    LIFE/lock              held by the writer
+
+What is acknowledged is in the journal before it is learned from. The state is a function of the events, so that the
+newest good snapshot and the events after it give it back.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nestling.levels import LevelledModel, Reader, ReadingState
+from nestling.memory import known
+from nestling.memory.structure import Weights
+
+from . import telling
+from .about import LifeConfig, check_format, read_about
+from .conversation import Conversation, check_name, conversations, read_newest, remove_conversation, spoken
+from .copying import begin_life, copy_life
+from .event import BIRTH, Event
+from .fold import Done, Fold, LifeState, Tell, digest
+from .forgetting import plan_forgetting, scrub, take_out
+from .intake import Given, as_tokens, entries_of, pieces_of, read_back
+from .journal import Entry, Journal
+from .kinds import read_model
+from .lock import take
+from .pins import FOLDER, pinning
+from .recovery import check_witness, clean, newest_state, way_back
+from .snapshot import Snapshot, list_snapshots, read_snapshot, write_snapshot
+from .telling import Learned
+from .verify import Verified, verify_life
+from .voice import Voice, draws
+from .why import Why, explain
+
+
+class Learner:
+    """A life. Use `create` or `open`; close it, or use it in a `with`.
+
+    state: as it stands after event `at`; stands_on: the newest snapshot on the way there; notes: what a person should
+    know of how it was opened.
+    """
+
+    state: LifeState
+    at: int
+    stands_on: Snapshot
+    notes: list[str]
+    _tokens_since: int  # learned since the last snapshot
+    _damaged: set[int]  # snapshots that cannot be read
+
+    def __init__(self, folder: Path, *, write: bool) -> None:
+        self.folder, self.write = folder, write
+        self._lock: int | None = None
+        self._journal: Journal | None = None
+        self._weights_of: tuple[int, tuple[Weights, ...]] | None = None
+        check_format(folder)
+        if write:
+            self._lock = take(folder / "lock", str(folder))
+        try:
+            about = read_about(folder, write=write)
+            self.config: LifeConfig = about.config
+            self.model, self.tokens, self.model_hash = read_model(folder / "model")
+            if self.model_hash != about.model:
+                raise ValueError(f"{folder}: a life of model {about.model}, but model/ is {self.model_hash}")
+            self.fold = Fold(self.model, about.config.guards)
+            self._like: ReadingState = Reader(self.model).begin()
+            self._journal = Journal(folder, write=write)
+            self._wake()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _wake(self) -> None:
+        event, _ = self.journal.head
+        if self.write:
+            check_witness(self.journal)
+            scrub(self.journal)
+        self._ordinals: Counter[str] = self.journal.ordinals()
+        self._go_to(event)
+        if self.write:
+            base, again = self.at, len(self.catch_up())
+            if again:
+                self.notes.append(f"{again} events after event {base} were learned again")
+            self._clean()
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path | str,
+        model: LevelledModel,
+        *,
+        config: LifeConfig | None = None,
+        birth: ReadingState | None = None,
+    ) -> "Learner":
+        """Begin a life of a model in a folder that does not exist yet (or is empty). birth: the reading state that
+        it begins with, if not the model's own."""
+        begin_life(Path(folder), model, config or LifeConfig(), birth)
+        return cls(Path(folder), write=True)
+
+    @classmethod
+    def open(cls, folder: Path | str, *, write: bool = True) -> "Learner":
+        """Open a life. Only one writer at a time: `Busy` is raised at once for a second one. A reader
+        (`write=False`) sees the newest snapshot. Raises ValueError where the folder is not a life or is damaged."""
+        return cls(Path(folder), write=write)
+
+    def __enter__(self) -> "Learner":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write a snapshot where something was learned since the last one, and let go of the life."""
+        try:
+            if self.write and self._journal is not None and self._tokens_since:
+                self.snapshot()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def journal(self) -> Journal:
+        if self._journal is None:
+            raise ValueError(f"{self.folder}: this life was closed")
+        return self._journal
+
+    @property
+    def digest(self) -> str:
+        """A hash of every bit of the state: equal in lives that are equal."""
+        return digest(self.state)
+
+    # learning
+
+    def learn(
+        self,
+        given: Given | Iterable[Given],
+        source: str,
+        *,
+        ends: bool = True,
+        derived: int | None = None,
+        tell: Tell | None = None,
+    ) -> Learned:
+        """Journal a document (or the pieces of one, as they come) and learn from it. ends=False: it goes on in the
+        next call with the same source. derived: the event whose state wrote it, if the model did. Raises ValueError,
+        with nothing of the piece journaled, for what is no text of this model."""
+        pieces = iter(pieces_of(given))
+        done: list[Done] = []
+        piece = next(pieces, None)
+        while piece is not None:
+            following = next(pieces, None)
+            self.accept(piece, source, ends=ends and following is None, derived=derived)
+            done += self.catch_up(tell)
+            piece = following
+        return telling.summed(done, len(self.model.levels))
+
+    def accept(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Event]:
+        """Journal a document without learning from it yet: when this returns it cannot be lost. `catch_up` learns."""
+        self._writing()
+        size = self.config.event_bytes
+        entries = entries_of(given, source, self.tokens, ends=ends, derived=derived, event_bytes=size)
+        return self.journal.append(entries, self._ordinals)
+
+    def catch_up(self, tell: Tell | None = None) -> list[Done]:
+        """Learn what was journaled and not yet learned; what each event did."""
+        self._writing()
+        head, _ = self.journal.head
+        chain, done = self.journal.chain_of(self.at) or "", []
+        for event in self.journal.path_events(head, self.at):
+            chain = event.link(chain)
+            if chain != event.chain:
+                raise ValueError(f"{self.journal.path}: damaged: event {event.id} is not what was journaled")
+            tokens = read_back(self.journal.content(event), event, self.tokens)
+            self.state, found = self.fold.step(self.state, event, tokens, tell)
+            self.journal.record(event.id, found._asdict(), found.tokens)
+            self.at = event.id
+            self._tokens_since += max(1, event.tokens)
+            done.append(found)
+            if self._tokens_since >= self.config.snapshot_tokens:
+                self.snapshot()
+        return done
+
+    def has_read(self, given: Given, source: str) -> bool:
+        """Whether a document was read from a source before, whole, on the life's path."""
+        size = self.config.event_bytes
+        entries = entries_of(given, source, self.tokens, ends=True, derived=None, event_bytes=size)
+        blobs = {event.blob for event in self.journal.path_events(self.at) if event.source == source}
+        return all(hashlib.sha256(entry.content).hexdigest() in blobs for entry in entries)
+
+    def release(self, source: str) -> None:
+        """Take a source out of quarantine, and trust it from now on: jumps of its are taken in."""
+        self._writing()
+        if not self.state.guard.record(source).quarantined:
+            raise ValueError(f"{source!r} is not in quarantine")
+        self.journal.append([Entry(source, b"", 0, ends=False, kind="release")], self._ordinals)
+        self.catch_up()
+
+    def _writing(self) -> None:
+        if not self.write:
+            raise ValueError(f"{self.folder}: opened for reading; open it with write=True to change it")
+        self.journal  # noqa: B018  (raises where it was closed)
+
+    # talking
+
+    def generate(
+        self, prompt: Given, tokens: int, *, temperature: float = 0.8, seed: int | None = None
+    ) -> Iterator[int]:
+        """Yields tokens that go on from a prompt, from a fresh sequence state. Nothing is learned and no clock
+        ticks. seed: of the sampling; the life's own, if none is given."""
+        voice = Voice(self.model, self.state.reading.levels.weights)
+        voice.read(as_tokens(prompt, self.tokens))
+        generator = draws(self.config.seed if seed is None else seed, "generate")
+        return voice.write(tokens, temperature=temperature, generator=generator)
+
+    def conversation(self, name: str) -> Conversation:
+        """The conversation of a name; one begins, on the newest snapshot, where there is none. A writer takes a
+        snapshot for it where its state has none. `Busy` is raised where another process has it open."""
+        check_name(name)
+        if name in conversations(self.folder):
+            about = read_newest(self.folder / FOLDER / name)[1]
+            number, event = int(about["snapshot"]), int(about["event"])
+            voice = Voice(self.model, self._weights(number))
+            return Conversation(self.folder, name, voice, self.config.seed, number, event)
+        if self.write and self.stands_on.event != self.at:
+            self.snapshot()
+        with pinning(self.folder):  # from here on it is not removed
+            if not self.stands_on.folder.is_dir():
+                self._go_to(self.journal.head[0])
+            on = self.stands_on
+            voice = Voice(self.model, self._weights(on.number))
+            begun = Conversation(self.folder, name, voice, self.config.seed, on.number, on.event)
+            begun.save()
+        return begun
+
+    def learn_conversation(self, conversation: Conversation, *, own_words: bool = False) -> Learned:
+        """Learn what was said in a conversation since it was last learned from; what the model itself wrote only
+        with `own_words`. The source is "conversation NAME"; it goes where what the model knew then is forgotten."""
+        tokens = spoken(conversation.turns[conversation.learned :], own_words=own_words)
+        found = telling.summed((), len(self.model.levels))
+        if tokens.numel():
+            found = self.learn(tokens, f"conversation {conversation.name}", derived=conversation.event)
+        conversation.learned = len(conversation.turns)
+        conversation.save()
+        return found
+
+    def _weights(self, number: int) -> tuple[Weights, ...]:
+        """The levels' weights in a snapshot. Those of the last one asked for are kept."""
+        if self._weights_of is None or self._weights_of[0] != number:
+            state = read_snapshot(self.folder / "snapshots" / f"{number:012d}", self._like)
+            self._weights_of = (number, state.reading.levels.weights)
+        return self._weights_of[1]
+
+    # looking
+
+    @torch.no_grad()
+    def evaluate(self, probes: Sequence[Given]) -> list[float]:
+        """Mean nats of a token of each text, from a fresh sequence state with the levels as they stand: on a copy,
+        clocks stopped, nothing is learned."""
+        reader = Reader(self.model, learning=False)
+        found = []
+        for probe in probes:
+            _, out = reader.read(reader.begin(self.state.reading.levels), as_tokens(probe, self.tokens))
+            found.append(float(out.nll[1:].double().mean()))
+        return found
+
+    def why(self, prompt: Given, answer: Given, *, exact: bool = False, tell: Tell | None = None) -> Why:
+        """What an answer after a prompt owes to each level and, estimated, to each source; with `exact` checked by
+        learning everything again without each."""
+        asked = (as_tokens(prompt, self.tokens), as_tokens(answer, self.tokens))
+        return explain(self.folder, self.journal, self.fold, self.tokens, self.state, asked, exact=exact, tell=tell)
+
+    def status(self) -> dict[str, Any]:
+        """What the life is, has read and weighs, as plain data."""
+        rules = self.state.reading.levels.rules
+        return {
+            "folder": str(self.folder),
+            "model": self.model_hash,
+            "seed": self.config.seed,
+            "event": self.at,
+            "waiting": len(self.journal.path_ids(self.journal.head[0], self.at)),
+            "position": int(self.state.reading.position),
+            "open_source": self.state.source,
+            "digest": self.digest,
+            "levels": [
+                {"level": repr(lvl), "since_tick": int(own[0].elapsed.flatten()[0])}
+                for lvl, own in zip(self.model.levels, rules, strict=True)
+            ],
+            "sources": self.sources(),
+            "snapshots": telling.snapshots(self.folder),
+            "bytes": telling.sizes(self.folder),
+            "notes": self.notes,
+        }
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Per source: tokens, surprise when they were read, how far each level moved, what the guards refused."""
+        return telling.sources(self.journal, self.state, self.at)
+
+    def verify(self, *, replay: bool = False) -> Verified:
+        """Whether every file is what was written (see `verify_life`)."""
+        return verify_life(self.folder, replay=replay)
+
+    def remembered(self, tokens: int = 1024) -> dict[str, float]:
+        """Per source: mean nats of the first `tokens` of what it was, with the levels as they stand now (see
+        `evaluate`); beside the surprise when it was read, what is left of it. Pruned sources are left out."""
+        first: dict[str, Event] = {}
+        for event in self.journal.path_events(self.at):
+            if event.kind == "learn" and not event.pruned:
+                first.setdefault(event.source, event)
+        texts = [read_back(self.journal.content(event), event, self.tokens)[:tokens] for event in first.values()]
+        return dict(zip(first, self.evaluate(texts), strict=True))
+
+    def history(self) -> list[dict[str, Any]]:
+        """What happened, oldest first."""
+        return telling.history(self.journal)
+
+    # going back and forth
+
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """Write the state as it stands. A named snapshot is kept, and can be gone back to by its name."""
+        self._writing()
+        if name is not None and (not name or name.isdigit() or name == "birth"):
+            raise ValueError(f"a snapshot's name must not be empty, a number or 'birth', got {name!r}")
+        if name is not None and name in self._names():
+            raise ValueError(f"there is a snapshot named {name!r} already")
+        with self.journal.transaction():  # what is done is in the journal before the snapshot can be seen
+            if name is not None:
+                self.journal.note("snapshot", self.journal.last(), name=name, event=self.at)
+        chain = self.journal.chain_of(self.at)
+        assert chain is not None
+        written = write_snapshot(self.folder / "snapshots", self.state, self.at, chain, name)
+        self._tokens_since, self.stands_on = 0, written
+        self._clean()
+        return written
+
+    def resolve(self, to: str | int) -> int:
+        """The event that a snapshot's name, "birth", or an event's number stands for."""
+        if to == "birth":
+            return BIRTH
+        if isinstance(to, str) and not to.isdigit():
+            return int(known(to, self._names(), "snapshot"))
+        if self.journal.chain_of(int(to)) is None:
+            raise ValueError(f"there is no event {to} in this life")
+        return int(to)
+
+    def rollback(self, to: str | int, tell: Tell | None = None) -> None:
+        """Go back to a named snapshot, to "birth", or to the state after an event. What came after stays in the
+        journal, off the life's path, and can be gone back to by its event's number until it is forgotten."""
+        self._writing()
+        target, was = self.resolve(to), self.at
+        way_back(self.folder, self.journal, self._like, target)
+        with self.journal.transaction(acknowledged=True):
+            self.journal.set_fact("head", [target, self.journal.chain_of(target)])
+            self.journal.note("rollback", self.journal.last(), event=target, was=was)
+        self._return(tell)
+
+    def forget(self, *sources: str, tell: Tell | None = None) -> None:
+        """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
+        learned again from the newest snapshot before them. Raises ValueError, and forgets nothing, where the journal
+        was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation."""
+        self._writing()
+        talks = {f"conversation {name}": name for name in conversations(self.folder)}
+        read = [source for source in sources if source not in talks or self.journal.has_source(source)]
+        plan = plan_forgetting(self.journal, read)
+        way_back(self.folder, self.journal, self._like, plan.head, plan.base, plan.gone)
+        for source in talks.keys() & set(sources):
+            remove_conversation(self.folder, talks[source])
+        if read:
+            take_out(self.journal, plan)
+            scrub(self.journal)
+            self._return(tell)
+
+    def fork(self, folder: Path | str, at: str | int | None = None) -> "Learner":
+        """A copy of this life in another folder, as it stands or as it stood `at`; from there on they know nothing
+        of each other. Conversations stay behind."""
+        target = self.journal.head[0] if at is None else self.resolve(at)
+        if self.write:
+            with self.journal.transaction():
+                self.journal.note("fork", self.journal.last(), event=target)
+        copy_life(self.folder, self.journal, Path(folder), target)
+        return Learner(Path(folder), write=True)
+
+    def _names(self) -> dict[str, int]:
+        return {s.name: s.event for s in list_snapshots(self.folder / "snapshots") if s.name is not None}
+
+    def _return(self, tell: Tell | None) -> None:
+        """Go to where the head is now, and leave a snapshot there."""
+        self._ordinals = self.journal.ordinals()
+        self._clean()
+        self._go_to(self.journal.head[0])
+        self.catch_up(tell)
+        self.snapshot()
+
+    def _go_to(self, event: int) -> None:
+        """Take the newest good snapshot on the way to an event."""
+        found = newest_state(self.folder, self.journal, self._like, event)
+        self.state, self.at, self.stands_on = found.state, found.snapshot.event, found.snapshot
+        self.notes = found.notes
+        self._damaged = found.damaged
+        self._tokens_since = 0
+
+    def _clean(self) -> None:
+        clean(self.folder, self.journal, self.config, self._damaged)

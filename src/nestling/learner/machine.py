@@ -1,0 +1,36 @@
+"""What the same bits depend on beside the numbers that went in: the build of torch, the processor, the threads."""
+
+import contextlib
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """What a bit-for-bit continuation depends on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def machine_differences(then: Mapping[str, Any]) -> list[str]:
+    """What differs between a machine that was written down and this one, in words."""
+    now = machine()
+    return [f"{name}: {was} then, {now.get(name)} now" for name, was in then.items() if now.get(name) != was]
+
+
+@contextlib.contextmanager
+def flushing() -> Iterator[None]:
+    """Denormal numbers are flushed inside, whatever the process does outside: a life has the same bits in both."""
+    smallest = torch.finfo(torch.float32).tiny
+    before = float(torch.tensor(smallest) * 0.5) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)

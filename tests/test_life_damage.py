@@ -1,0 +1,240 @@
+"""Full disks, read-only folders, cut and flipped files: a clear error or the generation before, nothing silent."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from life_kills import Say, spawn
+from lives import KEEP, MODEL, crash, same, text
+from nestling.learner import Learner
+from nestling.learner.files import numbered
+from nestling.learner.verify import verify_life
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with Learner.create(tmp_path / "life", MODEL, config=KEEP) as life:
+        for number in range(6):
+            life.learn(text(number), f"doc {number}")
+    return tmp_path / "life"
+
+
+@pytest.fixture
+def whole(folder: Path, tmp_path: Path) -> Iterator[Learner]:
+    shutil.copytree(folder, tmp_path / "whole")
+    with Learner.open(tmp_path / "whole") as life:
+        yield life
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip(file: Path, at: float = 0.5) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(at * len(content))] ^= 0x10
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize("name", ["levels.safetensors", "sequence.safetensors", "snapshot.json", "checksums.json"])
+def test_a_damaged_snapshot_is_passed_over(name: str, harm, folder: Path, whole: Learner) -> None:
+    newest = numbered(folder / "snapshots")[-1]
+    harm(newest / name)
+    lost_sums = name == "checksums.json" and harm is Path.unlink  # every other file is as it was
+    assert lost_sums or any(str(newest) in problem for problem in verify_life(folder).problems)
+    with Learner.open(folder) as life:
+        same(life, whole)
+        if not lost_sums:
+            assert any("learned again" in note for note in life.notes)
+    with Learner.open(folder) as life:
+        same(life, whole)
+
+
+def test_all_snapshots_but_birth_damaged(folder: Path, whole: Learner) -> None:
+    for snapshot in numbered(folder / "snapshots")[1:]:
+        flip(snapshot / "levels.safetensors")
+    with Learner.open(folder) as life:
+        same(life, whole)
+        assert len(life.notes) == 3  # two damaged, and what was learned again
+    for snapshot in numbered(folder / "snapshots"):
+        flip(snapshot / "levels.safetensors")
+    with pytest.raises(ValueError, match=r"no good snapshot is left.*damaged"):
+        Learner.open(folder)
+
+
+@pytest.mark.parametrize("harm", [cut, flip], ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize("name", ["life.json", "model/model.safetensors", "model/config.json", "model/checksums.json"])
+def test_a_damaged_model_is_an_error(name: str, harm, folder: Path) -> None:
+    harm(folder / name)
+    with pytest.raises(ValueError, match=r"damaged|unknown key|is missing|model/ is"):
+        Learner.open(folder)
+
+
+def test_flipped_journal_pages(folder: Path, whole: Learner, tmp_path: Path) -> None:
+    """A bit in every 97th byte of the journal: never is another life taken for this one without a word."""
+    size = (folder / "journal.sqlite").stat().st_size
+    silent, said = 0, 0
+    for number, at in enumerate(range(5, size, 97 * 8)):
+        where = tmp_path / f"flipped {number}"
+        shutil.copytree(folder, where)
+        for more in ("journal.sqlite-wal", "journal.sqlite-shm"):
+            (where / more).unlink(missing_ok=True)
+        content = bytearray((where / "journal.sqlite").read_bytes())
+        content[at] ^= 1 << (number % 8)
+        (where / "journal.sqlite").write_bytes(content)
+        try:
+            with Learner.open(where) as life:
+                same(life, whole)
+                for event in life.journal.path_events(life.at):
+                    life.journal.content(event)
+            silent += 1
+        except (ValueError, OSError):
+            said += 1
+        shutil.rmtree(where)
+    assert said > 5
+    assert silent >= 1  # free bytes of pages
+
+
+def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) -> None:
+    life = Learner.open(folder)
+    life.journal.ask("PRAGMA wal_checkpoint(TRUNCATE)")
+    life.accept(text(9), "last")
+    shutil.copytree(folder, tmp_path / "copy")
+    crash(life)
+    log = tmp_path / "copy" / "journal.sqlite-wal"
+    (tmp_path / "copy" / "journal.sqlite-shm").unlink()
+    flip(log, 0.01)  # SQLite takes the log up to its first bad frame for all of it
+    with pytest.raises(ValueError, match="of 7 steps that were acknowledged it has 6"):
+        Learner.open(tmp_path / "copy")
+    with Learner.open(tmp_path / "copy", write=False) as reader, reader.fork(tmp_path / "rest") as rest:
+        assert set(rest.sources()) == {f"doc {number}" for number in range(6)}
+    with Learner.open(folder) as whole_again:
+        assert "last" in whole_again.sources()
+
+
+@pytest.mark.parametrize("step", ["rollback", "forget"])
+def test_a_lost_step_back_is_noticed(step: str, folder: Path, tmp_path: Path) -> None:
+    """A log that lost the transaction of a rollback, or of a forgetting, does not bring back what was left behind."""
+    life = Learner.open(folder)
+    life.journal.ask("PRAGMA wal_checkpoint(TRUNCATE)")
+    log = folder / "journal.sqlite"
+    before = log.read_bytes()
+    life.rollback(2) if step == "rollback" else life.forget("doc 2")
+    crash(life)
+    log.write_bytes(before)
+    log.with_name("journal.sqlite-wal").unlink(missing_ok=True)
+    log.with_name("journal.sqlite-shm").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="steps that were acknowledged"):
+        Learner.open(folder)
+
+
+def test_a_cut_journal_is_an_error(folder: Path) -> None:
+    journal = folder / "journal.sqlite"
+    journal.write_bytes(journal.read_bytes()[:5000])
+    with pytest.raises((ValueError, OSError), match=r"journal\.sqlite"):
+        Learner.open(folder)
+    journal.unlink()
+    with pytest.raises(ValueError, match=r"journal\.sqlite: missing"):
+        Learner.open(folder)
+
+
+def test_a_new_life_says_what_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "life.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99; this version reads up to"):
+        Learner.open(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        Learner.open(tmp_path / "nowhere")
+
+
+def limited(folder: Path, size: int, say: Say) -> None:
+    """Learn while no file may grow beyond a size, as under a quota; say what went well and what did not."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    life = Learner.open(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    for number in range(200):
+        try:
+            life.accept(text(100 + number, 900), f"more {number}")
+            say(f"accepted more {number}")
+            life.catch_up()
+        except OSError as error:
+            say(f"error {error}")
+            return
+
+
+def full(folder: Path, say: Say) -> None:
+    life = Learner.open(folder)
+    for number in range(2000):
+        try:
+            life.accept(text(100 + number, 900), f"more {number}")
+            say(f"accepted more {number}")
+            life.catch_up()
+        except OSError as error:
+            say(f"error {error}")
+            return
+
+
+def check_after(folder: Path, said: list[str]) -> None:
+    accepted = {line.removeprefix("accepted ") for line in said if line.startswith("accepted")}
+    assert accepted
+    assert any(line.startswith("error") for line in said), said
+    with Learner.open(folder) as life:
+        assert accepted <= set(life.sources())
+    assert verify_life(folder, replay=True).problems == []
+
+
+def test_a_quota(folder: Path) -> None:
+    child = spawn(lambda say: limited(folder, 160_000, say))
+    child.wait_for("done")
+    check_after(folder, child.kill())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root; test_a_quota runs everywhere")
+def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
+    try:
+        shutil.copytree(folder, mount / "life")
+        child = spawn(lambda say: full(mount / "life", say))
+        child.wait_for("done")
+        said = child.kill()
+        shutil.copytree(mount / "life", tmp_path / "moved")
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+    check_after(tmp_path / "moved", said)
+
+
+def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
+    """Nothing can be written: a writer is told so, readers see the newest snapshot."""
+
+    def work(say: Say) -> None:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        if os.geteuid() == 0:
+            for parent in folder.resolve().parents:
+                if parent.stat().st_uid == 0 and parent.is_relative_to(tempfile.gettempdir()):
+                    parent.chmod(parent.stat().st_mode | 0o055)
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            Learner.open(folder)
+        except OSError as error:
+            say(f"refused {error}")
+        with Learner.open(folder, write=False) as life:
+            say(f"read {life.digest} {len(life.sources())}")
+
+    child = spawn(work)
+    child.wait_for("done")
+    refused, read, _ = child.kill()
+    assert "ermission denied" in refused
+    assert read == f"read {whole.digest} 6"

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from nestling.learner import load_model, open_life
 from nestling.levels import Reader, Whole, hand_over, level, moments_of
 from nestling.memory import adam, dampen, decay, momentum, retain, scale
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
-from nestling.train import Stream, Trainer
+from nestling.train import Stream, Trainer, save_run
 from test_whole import LENGTH, PLAIN, TEXT, adamw
 
 
@@ -78,3 +79,16 @@ def test_what_has_no_place_is_let_go() -> None:
     assert int(after.rules[1][0].of.steps) == 0
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     assert moments_of(plain, model.level_weights())[0] == [None, None]
+
+
+def test_a_life_in_a_folder_gets_them(tmp_path) -> None:
+    """Training saved to disk, a life begun from it: the rule's buffers are those that `hand_over` fills."""
+    model = build(level(64, rule=momentum(), step_size=0.4), level(128)).float()
+    trainer = trained(model, 12)
+    save_run(tmp_path, trainer, {})
+    saved = load_model(tmp_path)
+    begun = open_life(tmp_path, saved, Reader(saved.model)).levels
+    plain = Reader(model).begin().levels
+    expected = hand_over(model.levels, plain, moments_of(trainer.optimizer, model.level_weights()))
+    assert torch.equal(begun.rules[0][0].of.buffer, expected.rules[0][0].of.buffer)
+    assert begun.rules[0][0].of.buffer.any()

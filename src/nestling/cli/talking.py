@@ -62,7 +62,7 @@ def _go_on(directory: Path, prompt: str, tokens: int, temperature: float, seed: 
     choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     given = saved.encode(prompt.encode())[None]
     written = saved.model.generate(given, weights=weights, max_new_tokens=tokens, **choice)
-    return saved.decode(written[0, given.shape[1] :])
+    return saved.decode(written[0, given.shape[1] :]).decode(errors="replace").encode()
 
 
 @app.command(name="chat")

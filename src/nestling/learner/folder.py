@@ -6,13 +6,13 @@ DIR/life/N/   levels.safetensors, sequence.safetensors, life.json, after N token
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from nestling.levels import LevelsState, ReadingState
+from nestling.levels import LevelsState, Moments, ReadingState, hand_over
 from nestling.memory.state import flatten, unflatten
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
@@ -77,7 +77,7 @@ def open_life(directory: Path, saved: SavedModel | SavedStack, reader: Any) -> A
     if folder is None:
         if isinstance(saved, SavedStack):
             return start
-        return start._replace(levels=_half_filled(start.levels, saved.generation))
+        return start._replace(levels=_handed_on(saved, start.levels))
     life = read_generation(folder)
     facts = life.data.get("life", {})
     if facts.get("format") != FORMAT:
@@ -90,10 +90,30 @@ def open_life(directory: Path, saved: SavedModel | SavedStack, reader: Any) -> A
     return unpack(start, life.tensors, facts["position"])
 
 
-def _half_filled(levels: LevelsState, training: Generation) -> LevelsState:
-    """The levels at the start of a life, with what training had accumulated for them since their last ticks: as
-    gradients of the loss summed over tokens, which is what a level's clock counts."""
-    tensors, clocks = training.tensors.get("training", {}), training.data.get("training", {}).get("clocks", [])
+def _handed_on(saved: SavedModel, levels: LevelsState) -> LevelsState:
+    """The levels at the start of a life, with what training remembered of them: the optimizer's moments, and what had
+    been accumulated since their last ticks."""
+    tensors, facts = saved.generation.tensors.get("training", {}), saved.generation.data.get("training", {})
+    moments = [[_moments(tensors, facts, number) for number in maps] for maps in facts.get("levels", [])]
+    if moments:
+        levels = hand_over(saved.model.levels, levels, moments)
+    return _half_filled(levels, tensors, facts.get("clocks", []))
+
+
+def _moments(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], number: int) -> Moments | None:
+    """What the optimizer kept of one of its parameters; None of one that it has not stepped yet."""
+    kept = {name: tensors.get(f"optimizer.{number}.{name}") for name in ("exp_avg", "exp_avg_sq", "step")}
+    mean, square, steps = kept.values()
+    if mean is None or square is None or steps is None:
+        return None
+    return Moments(mean, square, int(steps), facts["kept"])
+
+
+def _half_filled(
+    levels: LevelsState, tensors: Mapping[str, torch.Tensor], clocks: Sequence[Mapping[str, Any]]
+) -> LevelsState:
+    """The levels with what training had accumulated for them since their last ticks: as gradients of the loss summed
+    over tokens, which is what a level's clock counts."""
     rules = list(levels.rules)
     for index, clock in enumerate(clocks):
         if not clock["kept"]:

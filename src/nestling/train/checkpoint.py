@@ -25,7 +25,9 @@ def save_run(directory: Path, trainer: Trainer, run: dict[str, Any]) -> Path:
     for index, clock in enumerate(trainer.clocks):
         clocks.append({"elapsed": clock.elapsed, "steps": clock.steps, "kept": len(clock.gradients)})
         tensors |= {f"clock.{index}.{i}": gradient for i, gradient in enumerate(clock.gradients)}
-    facts = {"step": trainer.step, "clocks": clocks, "machine": machine()}
+    numbers = {p: n for n, p in enumerate(p for group in trainer.optimizer.param_groups for p in group["params"])}
+    facts = {"step": trainer.step, "clocks": clocks, "machine": machine(), "kept": trainer.config.beta1}
+    facts["levels"] = [[numbers[weight] for weight in maps] for maps in trainer.model.level_weights()]  # for their life
     config = {"format": FORMAT, "model": to_data(trainer.model.config), "train": to_data(trainer.config), "run": run}
     contents: dict[str, dict[str, Tensor] | str] = {
         "config.json": json.dumps(config, indent=2),

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from nestling.cli import main
-from nestling.learner import load_levels, load_stacked, newest, open_life, read_generation, reader_of, save_levels
-from nestling.learner.stacked import save_stacked, stack_hash
+from nestling.learner import (
+    Learner,
+    load_levels,
+    load_stacked,
+    newest,
+    open_life,
+    read_generation,
+    reader_of,
+    save_levels,
+)
+from nestling.learner.stacked import read_pretrained, save_stacked, stack_hash
 from nestling.levels import Reader, StackConfig, level, masked_tokens, seen_classes, spectrum, stack
 from nestling.memory.state import flatten
 from pretrained import DECODERS, transformers
@@ -207,3 +216,24 @@ def test_stacking_comes_back_from_its_file(tmp_path: Path) -> None:
     ):
         save_stacked(tmp_path / str(index), base, config)
         assert load_stacked(tmp_path / str(index)).model.config == config
+
+
+def test_a_life_of_a_pretrained_model(tmp_path: Path) -> None:
+    """Journaled, replayed, forgotten and forked like any life; the pre-trained model stays where it is."""
+    base = pretrained(tmp_path / "base")
+    text, more = (torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    model = stack(read_pretrained(base), [8, 24], step_size=0.5)
+    with Learner.create(tmp_path / "life", model) as life:
+        with pytest.raises(ValueError, match="in no folder"):
+            Learner.create(tmp_path / "other", stack(DECODERS["llama"](), [8]))
+        life.learn(text, "one")
+        once = flatten(life.state.reading.levels)
+        life.learn(more, "two")
+        assert not all(torch.equal(x, once[name]) for name, x in flatten(life.state.reading.levels).items())
+        life.forget("two")
+        after = flatten(life.state.reading.levels)
+        assert all(torch.equal(after[name], tensor) for name, tensor in once.items())
+    with Learner.open(tmp_path / "life") as again:
+        assert all(torch.equal(x, once[name]) for name, x in flatten(again.state.reading.levels).items())
+        assert len(list(again.generate(text[:5], 4, seed=1))) == 4
+    assert not list((tmp_path / "life" / "model").glob("*.safetensors"))

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nestling.learner import Learner, LifeConfig, load_model, open_life
+from nestling.learner import Learner, LifeConfig
 from nestling.learner.fold import Tell
 from nestling.learner.verify import verify_life
-from nestling.levels import Reader
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
 
+from .reading import open_reader
 from .shared import BITS, app, console, print_json, progress
 from .training import Presets
 
@@ -37,17 +37,18 @@ def new(
 
     Args:
         directory: the life's folder; it must not exist yet.
-        model: a model's folder, from `nestling train`; what was learned in it goes into the life.
+        model: a model's folder, from `nestling train` or `nestling stack`; what was learned in it goes into the life.
         preset: instead of a model: a configuration with fresh weights.
         config: how the life is kept.
         json: print what was begun as JSON.
     """
     if (model is None) == (preset is None):
-        raise ValueError("new: give either --model, a folder that nestling train made, or --preset")
+        raise ValueError("new: give either --model, a folder that nestling train or stack made, or --preset")
+    of: Any
     birth = None
     if model is not None:
-        saved = load_model(model)
-        of, birth = saved.model, open_life(model, saved, Reader(saved.model))
+        saved, _, birth = open_reader(model, learning=True)
+        of = saved.model
     else:
         assert preset is not None
         of = Decoder(preset_config(preset), seed=config.seed)

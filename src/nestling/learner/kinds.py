@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nestling.levels import LevelledModel
+from nestling.levels import LevelledModel, StackedDecoder
 from nestling.memory import known
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
 
 from .files import CHECKSUMS, Contents, read_folder, write_folder
+from .stacked import retold, tokens_of, told
 
 FORMAT = 1
 
@@ -69,8 +70,17 @@ def _byte_tokens(model: Decoder) -> Tokens:
     return Bytes()
 
 
+def _stack_contents(model: StackedDecoder) -> Contents:
+    return {"config.json": json.dumps({"format": FORMAT, "kind": "stacked", **told(model)}, indent=2)}
+
+
+def _load_stack(tensors: dict[str, dict[str, Tensor]], about: dict[str, Any]) -> LevelledModel:
+    return retold(about, "model/config.json").requires_grad_(False)  # type: ignore[return-value]
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(lambda model: isinstance(model, Decoder), _decoder_contents, _load_decoder, _byte_tokens),
+    "stacked": Kind(lambda model: isinstance(model, StackedDecoder), _stack_contents, _load_stack, tokens_of),
 }
 """Every kind of model that a life can be of; a new one is a row."""
 

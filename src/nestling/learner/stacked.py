@@ -26,24 +26,39 @@ FORMAT = 1
 NAME = "stack.json"
 
 
-class SavedStack(NamedTuple):
-    """A stacked model read from its folder; the tokenizer of transformers, or None where tokens are bytes; the name of
-    the pre-trained model, and a hash of it and of how it is stacked."""
+class StackTokens(NamedTuple):
+    """From text to a pre-trained model's tokens and back: the tokenizer of transformers, or None where tokens are
+    bytes; and how many there are."""
 
-    model: Stacked
     tokenizer: Any
-    name: str
-    hash: str
+    size: int
 
     def encode(self, text: bytes) -> Tensor:
         """Tokens of a text, int64 [n], without special ones."""
-        if self.tokenizer is None:
-            return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        if self.tokenizer is None or not text:
+            return torch.tensor(list(text), dtype=torch.int64)
         ids = self.tokenizer(text.decode(errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, tokens: Tensor) -> bytes:
         return bytes(tokens.tolist()) if self.tokenizer is None else self.tokenizer.decode(tokens).encode()
+
+
+class SavedStack(NamedTuple):
+    """A stacked model read from its folder, its tokens, the name of the pre-trained model, and a hash of it and of how
+    it is stacked."""
+
+    model: Stacked
+    tokens: StackTokens
+    name: str
+    hash: str
+
+    def encode(self, text: bytes) -> Tensor:
+        """Tokens of a text, int64 [n], without special ones."""
+        return self.tokens.encode(text)
+
+    def decode(self, tokens: Tensor) -> bytes:
+        return self.tokens.decode(tokens)
 
 
 def stack_hash(model: Stacked) -> str:
@@ -72,16 +87,37 @@ def save_stacked(directory: Path, base: Path, config: StackConfig) -> Stacked:
     if any((directory / name).exists() for name in (NAME, "train", "life")):
         raise ValueError(f"{directory}: holds a model already; choose another folder")
     model = stack(read_pretrained(base), config=config)
-    about = {
-        "format": FORMAT,
-        "base": str(base.resolve()),
-        "name": type(model.base).__name__,
-        "fingerprint": fingerprint(model.base),
-        "stack": to_data(config),
-    }
     directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / NAME, json.dumps(about, indent=2).encode())
+    write_file(directory / NAME, json.dumps({"format": FORMAT, **told(model)}, indent=2).encode())
     return model
+
+
+def told(model: Stacked) -> dict[str, Any]:
+    """What a stacked model is, as data: where the pre-trained one lies, what it is, and how levels are stacked in it.
+    Raises ValueError where it was not read from a folder: a life does not copy it."""
+    base = Path(getattr(model.base, "name_or_path", "") or "?")
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"the pre-trained {type(model.base).__name__} is in no folder: save it, and load it from there"
+        )
+    about = {"base": str(base.resolve()), "name": type(model.base).__name__}
+    return about | {"fingerprint": fingerprint(model.base), "stack": to_data(model.config)}
+
+
+def retold(about: dict[str, Any], path: str) -> Stacked:
+    """The stacked model of `told`. Raises ValueError where the pre-trained one is gone, or not what it was."""
+    base = Path(about["base"])
+    model = stack(read_pretrained(base), config=from_data(StackConfig, about["stack"], path=f"{path}: stack"))
+    found = fingerprint(model.base)
+    if found != about["fingerprint"]:
+        raise ValueError(f"{base}: its weights are {found}, but {path} was made for {about['fingerprint']}")
+    return model
+
+
+def tokens_of(model: Stacked) -> StackTokens:
+    """The tokens of the pre-trained model in a stacked one."""
+    size = model.base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    return StackTokens(_tokenizer(Path(model.base.name_or_path), size), size)  # type: ignore[arg-type]
 
 
 def load_stacked(directory: Path) -> SavedStack:
@@ -93,13 +129,8 @@ def load_stacked(directory: Path) -> SavedStack:
         raise ValueError(f"{path}: missing or damaged ({error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path}: not a format that this version reads ({FORMAT})")
-    config = from_data(StackConfig, about["stack"], path=f"{path}: stack")
-    base = Path(about["base"])
-    model = stack(read_pretrained(base), config=config)
-    found = fingerprint(model.base)
-    if found != about["fingerprint"]:
-        raise ValueError(f"{base}: its weights are {found}, but {path} was made for {about['fingerprint']}")
-    return SavedStack(model, _tokenizer(base, model.base), f"{about['name']} of {base}", stack_hash(model))
+    model = retold(about, str(path))
+    return SavedStack(model, tokens_of(model), f"{about['name']} of {about['base']}", stack_hash(model))
 
 
 def save_levels(path: Path | str, model: Stacked, weights: tuple[Weights, ...], name: str) -> None:
@@ -138,14 +169,13 @@ def read_pretrained(directory: Path) -> nn.Module:
     return kind.from_pretrained(directory, local_files_only=True)
 
 
-def _tokenizer(directory: Path, base: nn.Module) -> Any:
+def _tokenizer(directory: Path, vocabulary: int) -> Any:
     """The tokenizer in a model's folder; None, for bytes, where there is none and the vocabulary is 256."""
     patterns = ("tokenizer*.json", "vocab.*", "*.model", "tokenizer.*")
     if any(next(directory.glob(pattern), None) for pattern in patterns):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    vocabulary = base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     if vocabulary != 256:
         raise ValueError(f"{directory}: has no tokenizer, and a vocabulary of {vocabulary} is not that of bytes, 256")
     return None

@@ -3,10 +3,12 @@
 from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
 from .evaluation import mean_surprise, surprise_by_position
+from .growing import Growing
 from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
 from .neurons import neurons, spectrum
 from .reading import Reader, ReadingState, ReadOut
+from .slots import Slots
 from .transfer import (
     Box,
     Context,
@@ -27,6 +29,7 @@ __all__ = [
     "Box",
     "Context",
     "Continuum",
+    "Growing",
     "InContext",
     "InContextState",
     "Level",
@@ -36,6 +39,7 @@ __all__ = [
     "Reader",
     "ReadingState",
     "Row",
+    "Slots",
     "System",
     "Taps",
     "Transfer",

@@ -180,7 +180,7 @@ class Reader:
         taps: list[Taps] = []
         with torch.enable_grad():
             weights = tuple(tuple(w.detach().requires_grad_() for w in maps) for maps in state.levels.weights)
-            logits, now = _constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
+            logits, now = constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             levels = write(self.model.levels, state.levels, loss, taps)
@@ -198,7 +198,7 @@ class Reader:
         return torch.tensor(row, dtype=torch.float64)
 
 
-def _constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
+def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
     """The model with its own parameters as constants: no graph before the first level, none of its weights in it."""
     if not isinstance(model, nn.Module):
         return model

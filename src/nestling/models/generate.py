@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
+from nestling.levels.reading import LevelledModel
 from nestling.memory.structure import Weights
-
-from .decoder import Decoder
 
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: LevelledModel,
     prompt: bytes,
     tokens: int,
     *,
@@ -31,7 +30,7 @@ def generate(
 
 
 def _generate(
-    model: Decoder,
+    model: LevelledModel,
     prompt: bytes,
     tokens: int,
     weights: tuple[Weights, ...] | None,

@@ -144,11 +144,14 @@ def write_on(
     state: Any = None,
 ) -> Int[Tensor, "b n"]:
     """What the model writes after `given`, all rows at once: [b, t + tokens]. Nothing is learned, and no gradient
-    flows. state: the sequence state before `given`, of as many rows; a fresh one by default."""
+    flows. state: the sequence state before `given`, of as many rows; a fresh one by default. Raises
+    FloatingPointError where the model's logits are not finite."""
     logits, state = model(given, state, weights=weights)
     written = [given]
     for index in range(tokens):
         chances = (logits[:, -1].double() / temperature).softmax(-1)
+        if not bool(chances.isfinite().all()):
+            raise FloatingPointError(f"logits are not finite after {given.shape[1] + index} tokens")
         token = torch.multinomial(chances.cpu(), 1, generator=generator).to(given.device)
         written.append(token)
         if index < tokens - 1:

@@ -208,7 +208,10 @@ class _Night(NamedTuple):
         if limit == NOT_BEGUN or self.bound.passed():
             return current, _nothing(pair, "out of time", NOT_BEGUN)
         teaching = context if pair.fast == CONTEXT else None
-        dreams, held = self._dreams(pair, current, teaching)
+        try:
+            dreams, held = self._dreams(pair, current, teaching)
+        except FloatingPointError:
+            return current, _nothing(pair, "the teacher is not finite", 0)
         student = config.student.of(model, current, learned, fast)
         views = Views(current.weights, student.weights, teaching, None)
         students = self._students(views, current, learned, before, fast, held)

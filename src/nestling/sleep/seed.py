@@ -136,7 +136,10 @@ def seed(
         if stop(step):
             return Seeded(place.put(model, views.student, detached(leaves)), "stopped", steps, tokens, track, rewards)
         student = place.put(model, views.student, leaves)
-        batch = draw(model, views, detached_weights(student), dreams, config, generator)
+        try:
+            batch = draw(model, views, detached_weights(student), dreams, config, generator)
+        except FloatingPointError:
+            return Seeded(views.student, "not finite", steps, tokens, track, rewards)
         loss, apart, reward = objective(called, views, student, batch, config)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         value, norm = float(loss.detach()), float(torch.stack([g.norm() for g in gradients]).norm())

@@ -138,6 +138,24 @@ class extra_passes(Arm):
 
 
 @dataclass(frozen=True, repr=False)
+class fall_back(Arm):
+    """Every level goes a share of the way back to the weights that it began life with: what a sleep that resets has to
+    be better than."""
+
+    share: float = 0.5
+
+    def rest(self, model: Growing, state: ReadingState, kept: Kept, key: object) -> tuple[ReadingState, Kept, Rest]:
+        state = Reader(model).settle(state)
+        first = detached_weights(model.level_weights())
+        own = [
+            tuple(torch.lerp(w, start, self.share) for w, start in zip(maps, starts, strict=True))
+            for maps, starts in zip(state.levels.weights[: len(model.own)], first, strict=False)
+        ]
+        weights = (*own, *state.levels.weights[len(own) :])
+        return state._replace(levels=state.levels._replace(weights=weights)), kept, Rest(0, 0)
+
+
+@dataclass(frozen=True, repr=False)
 class ewc(Arm):
     """Elastic weight consolidation, as a step at night: each weight w goes to the minimum of (w' - w)^2 +
     strength F (w' - a)^2, between itself and its anchor a; then the anchor is renewed.

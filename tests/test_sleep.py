@@ -36,7 +36,7 @@ from nestling.sleep import (
 )
 from nestling.sleep.grow import activate, active, bank, first_free, levels_of, masked
 from nestling.sleep.schedule import CONTEXT, Pair
-from nestling.sleep.seed import answers, draw, objective
+from nestling.sleep.seed import Rehearsal, answers, draw, objective
 
 F64 = torch.float64
 TEXT = torch.tensor(list(b"the cat sat on the mat and the dog lay on the log. " * 6)[:256])
@@ -440,6 +440,21 @@ class TestSeeding:
         more = sleep(narrow, lived(narrow), few, "night", only=[FAST])[1].pairs[0]
         assert left.before == pytest.approx(more.before)
         assert left.started < more.started < left.before
+
+    def test_rehearsal_keeps_the_student_what_it_was(self, model, views) -> None:
+        """Taught with and without dreams of its own: on those, it stays nearer to itself."""
+        views, place, dreams = views
+        views = views._replace(student=masked(model, views.student, place.hosts, 0))
+        views = views._replace(student=activate(model, views.student, place.hosts, 0, draws("slot")))
+        config = replace(SEEDING, steps=40, on_policy=0.0, divergence_share=1.0, beta=0.0)
+        own = Rehearsal(views.student, (Dreams(torch.randint(128, 256, (8, 12), generator=draws("own")), 1),))
+        apart = {}
+        for name, rehearsal in (("without", None), ("with", own)):
+            done = seed(model, views, place, dreams, config, draws("seeding"), rehearsal=rehearsal)
+            assert done.outcome == "done"
+            apart[name] = distance(model, Views(views.student, done.weights), own.dreams)
+            assert distance(model, views._replace(student=done.weights), dreams) < distance(model, views, dreams)
+        assert apart["with"] < 0.7 * apart["without"]
 
     def test_memory_is_at_most_that_of_a_training_step(self, model, views) -> None:
         """Bytes that the graph of a seeding step keeps, against those of a training step on as many tokens."""

@@ -15,7 +15,7 @@ from .prune import Made, WhenFull, refuse
 from .report import KEPT, PairReport, Scores, SleepReport
 from .reservoir import Reservoir, no_reservoir
 from .schedule import CONTEXT, Pair, pairs
-from .seed import Place, SeedConfig, Seeded, States, Views, distance, seed
+from .seed import Place, Rehearsal, SeedConfig, Seeded, States, Views, distance, seed
 from .student import Student, paper, reset
 from .warm_start import warm_start
 
@@ -42,6 +42,7 @@ class SleepConfig:
     warm_start: bool = False  # fit a new slot by reduced-rank regression before it is seeded
     context: bool = False  # consolidate what the sequence state holds, too, into the fastest level
     when_full: WhenFull = refuse()
+    rehearsal: float = 0.0  # dreams of the student itself, before it is taught, as a share of `dreams`
     least_recovered: float = 0.0  # share of the divergence that seeding must take away for a pair to be kept
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class SleepConfig:
             raise ValueError(f"length must be >= 2 tokens, got {self.length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if not self.rehearsal >= 0:
+            raise ValueError(f"rehearsal must be >= 0, got {self.rehearsal}")
         if not self.least_recovered < 1:
             raise ValueError(f"least_recovered must be < 1, got {self.least_recovered}")
 
@@ -221,20 +224,22 @@ class _Night(NamedTuple):
         made = self._room(student.weights, hosts, dreams)
         if made.slot is None:
             return current, _nothing(pair, made.how, 0)._replace(students=students, before=start)
+        before_it = self._rehearsal(pair, student)
         place = Place(hosts, None if _own(config) else made.slot)
         weights = made.weights
         if place.slot is not None:
             weights = activate(model, weights, hosts, place.slot, draws(self.key, pair, "slot"))
         views = views._replace(student=weights)
         if config.warm_start and place.slot is not None:
-            weights, _ = warm_start(model, views, place, fast, dreams, model.rank)
+            weights, _ = warm_start(model, views, place, fast, dreams, model.rank, before_it)
             views = views._replace(student=weights)
         started = distance(model, views, held)
-        done = self._seed(pair, views, place, dreams, limit)
+        done = self._seed(pair, views, place, dreams, limit, before_it)
         final = views._replace(student=done.weights)
         after = distance(model, final, held)
         bare = done.weights if place.slot is None else masked(model, done.weights, hosts, place.slot)
         outcome = self._judge(done, start, after)
+        rehearsed = before_it.dreams if before_it else ()
         report = PairReport(
             pair.fast,
             pair.slow,
@@ -247,7 +252,8 @@ class _Night(NamedTuple):
             after,
             distance(model, final._replace(student=bare), held),
             done.steps,
-            done.tokens + sum(part.tokens.numel() for part in (*dreams, *held)),
+            done.tokens
+            + sum(part.tokens.numel() for part in (*dreams, *held, *(before_it.dreams if before_it else ()))),
             done.divergences,
             done.rewards,
             self.bound.now - began,
@@ -290,7 +296,19 @@ class _Night(NamedTuple):
             return Made(weights, slot or 0, "")
         return self.config.when_full.room(self.model, weights, hosts, dreams)
 
-    def _seed(self, pair: Pair, views: Views, place: Place, dreams: list[Dreams], limit: int) -> Seeded:
+    def _rehearsal(self, pair: Pair, student: LevelsState) -> Rehearsal | None:
+        """What the student is without what it is about to be taught."""
+        config, count = self.config, round(self.config.rehearsal * self.config.dreams)
+        if not count:
+            return None
+        generator = draws(self.key, pair, "rehearsal")
+        told = {"reservoir": self.reservoir, "temperature": config.temperature}
+        texts = dream(self.model, student.weights, config.source, count, config.length, generator, **told)  # type: ignore[arg-type]
+        return Rehearsal(student.weights, tuple(texts))
+
+    def _seed(
+        self, pair: Pair, views: Views, place: Place, dreams: list[Dreams], limit: int, rehearsal: Rehearsal | None
+    ) -> Seeded:
         def stop(step: int) -> bool:
             if self.tell is not None:
                 self.tell(pair, step, limit)
@@ -298,7 +316,7 @@ class _Night(NamedTuple):
 
         config = replace(self.config.seeding, steps=limit)
         generator = draws(self.key, pair, "seeding")
-        return seed(self.model, views, place, dreams, config, generator, stop)
+        return seed(self.model, views, place, dreams, config, generator, stop, rehearsal)
 
     def _judge(self, done: Seeded, before: float, after: float) -> str:
         if done.outcome not in ("done", "stopped"):

@@ -100,6 +100,14 @@ class Views(NamedTuple):
     student_state: States | None = None
 
 
+class Rehearsal(NamedTuple):
+    """What the student already was, so that the new weights are silent there: its weights before it is taught, and
+    texts that it wrote with them."""
+
+    weights: tuple[Weights, ...]
+    dreams: tuple[Dreams, ...]
+
+
 class Seeded(NamedTuple):
     """What seeding came to. outcome: "done", "stopped" (out of time), or what went wrong."""
 
@@ -107,7 +115,7 @@ class Seeded(NamedTuple):
     outcome: str
     steps: int
     tokens: int  # that passed through the model, forward or while it wrote
-    divergences: list[float]  # of every step, nats a token
+    divergences: list[float]  # of every step on the teacher's dreams, nats a token
     rewards: list[float]
 
 
@@ -119,8 +127,10 @@ def seed(
     config: SeedConfig,
     generator: torch.Generator,
     stop: Callable[[int], bool] = lambda step: False,
+    rehearsal: Rehearsal | None = None,
 ) -> Seeded:
-    """The student after it was taught on the teacher's dreams; only what `place` names moves.
+    """The student after it was taught on the teacher's dreams; only what `place` names moves. rehearsal: its own dreams
+    from before, on which it is its own teacher; as many steps as they are of all dreams.
 
     A loss that is not finite, or a divergence ten times what it was at first, ends it: the student's weights come back
     as they were given. stop: asked before every step with its number. Oracle: a step by plain autograd
@@ -136,25 +146,39 @@ def seed(
         if stop(step):
             return Seeded(place.put(model, views.student, detached(leaves)), "stopped", steps, tokens, track, rewards)
         student = place.put(model, views.student, leaves)
+        taught, texts = _lesson(views, dreams, rehearsal, generator)
         try:
-            batch = draw(model, views, detached_weights(student), dreams, config, generator)
+            batch = draw(model, taught, detached_weights(student), texts, config, generator)
         except FloatingPointError:
             return Seeded(views.student, "not finite", steps, tokens, track, rewards)
-        loss, apart, reward = objective(called, views, student, batch, config)
+        loss, apart, reward = objective(called, taught, student, batch, config)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         value, norm = float(loss.detach()), float(torch.stack([g.norm() for g in gradients]).norm())
-        track.append(apart)
+        if taught is views:
+            track.append(apart)
         rewards.append(reward)
         tokens += batch.passed
         if not (math.isfinite(value) and math.isfinite(norm)):
             return Seeded(views.student, "not finite", steps, tokens, track, rewards)
-        if apart > EXPLODED * track[0] + SLACK:
+        if track and apart > EXPLODED * track[0] + SLACK:
             return Seeded(views.student, "exploded", steps, tokens, track, rewards)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient * min(1.0, config.clip / max(norm, 1e-12))
         optimizer.step()
         steps += 1
     return Seeded(place.put(model, views.student, detached(leaves)), "done", steps, tokens, track, rewards)
+
+
+def _lesson(
+    views: Views, dreams: Sequence[Dreams], rehearsal: Rehearsal | None, generator: torch.Generator
+) -> tuple[Views, Sequence[Dreams]]:
+    """Who teaches a step, and on what."""
+    if rehearsal is None or not rehearsal.dreams:
+        return views, dreams
+    old = number(rehearsal.dreams)
+    if int(torch.randint(0, old + number(dreams), (1,), generator=generator)) >= old:
+        return views, dreams
+    return views._replace(teacher=rehearsal.weights, teacher_state=views.student_state), rehearsal.dreams
 
 
 class SeedBatch(NamedTuple):

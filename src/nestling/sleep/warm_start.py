@@ -12,7 +12,7 @@ from nestling.memory.structure import Weights
 
 from .dreams import Dreams
 from .grow import bank, put_slot, replace_bank
-from .seed import Place, States, Views
+from .seed import Place, Rehearsal, States, Views
 
 RIDGE = 1e-4  # of the mean square of the inputs
 
@@ -46,7 +46,13 @@ def reduced_rank(inputs: Tensor, targets: Tensor, rank: int, ridge: float = 0.0)
 
 @torch.no_grad()
 def warm_start(
-    model: Growing, views: Views, place: Place, fast: Sequence[int], dreams: Sequence[Dreams], rank: int
+    model: Growing,
+    views: Views,
+    place: Place,
+    fast: Sequence[int],
+    dreams: Sequence[Dreams],
+    rank: int,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[tuple[Weights, ...], tuple[float, ...]]:
     """The student's weights with the new slots fitted to what the levels from the fast to the slow one together answer
     less than the teacher's, and the share that each fit leaves.
@@ -60,8 +66,11 @@ def warm_start(
     for host in place.hosts:
         first = max((i for i in fast if i <= host), default=host)
         inputs, targets = [], []
-        for part in dreams:
-            theirs = _answered(model, views.teacher, part.tokens, views.teacher_state, range(first, host + 1))
+        lessons = [(views.teacher, views.teacher_state, part) for part in dreams]
+        if rehearsal is not None:
+            lessons += [(rehearsal.weights, views.student_state, part) for part in rehearsal.dreams]
+        for teacher, states, part in lessons:
+            theirs = _answered(model, teacher, part.tokens, states, range(first, host + 1))
             mine = _answered(model, student, part.tokens, views.student_state, range(first, host + 1))
             inputs.append(mine.inputs)
             targets.append(theirs.answers - mine.answers)

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Form:
     body_bytes: int  # read of each body
     night: int  # tokens between two rests
     held_out: int  # bytes of each body
-    scales: tuple[float, ...]  # of the levels' step sizes
+    scales: tuple[float, ...]  # of the levels' step sizes, for every arm
+    frontier: tuple[float, ...]  # the same, for the arm that does not sleep
     sleep: SleepConfig
 
 
@@ -61,7 +63,8 @@ QUICK = Form(
     body_bytes=4_096,
     night=2_048,
     held_out=4_096,
-    scales=(0.5, 1.0),
+    scales=(0.5,),
+    frontier=(0.03, 0.06, 0.12, 0.25, 0.5, 1.0),
     sleep=SleepConfig(
         seeding=SEEDING, source=any_token(), dreams=48, held_out=24, length=24, warm_start=True, when_full=merge()
     ),
@@ -75,6 +78,7 @@ FULL = replace(
     night=16_384,
     held_out=32_768,
     scales=(0.25, 0.5, 1.0, 2.0),
+    frontier=(0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0),
     sleep=replace(QUICK.sleep, seeding=replace(SEEDING, steps=100, prefixes=8, completions=4), dreams=256, length=64),
 )
 PERIODS = (64, 512)
@@ -88,6 +92,8 @@ def arms(form: Form) -> dict[str, Arm]:
         "none": no_sleep(),
         "sleep": sleeping(form.sleep),
         "sleep, reservoir": sleeping(replace(form.sleep, source=mixed), held, form.sleep.length),
+        "sleep, rehearsal": sleeping(replace(form.sleep, rehearsal=1.0)),
+        "regression alone": sleeping(replace(form.sleep, rehearsal=1.0, seeding=replace(form.sleep.seeding, steps=0))),
         "replay": replay(held, form.sleep.length, form.night // 4),
         "extra passes": extra_passes(1, form.night // 4),
         "off policy": off_policy(form.sleep),
@@ -178,6 +184,29 @@ def measures(table: list[dict[str, float]], order: list[str]) -> dict[str, float
     }
 
 
+def at_equal_plasticity(lives: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every life that rests: what the no-sleep arm of the same run forgets where it has learned as much, read off
+    its frontier by straight lines, and the share of it that was recovered. None: outside of the frontier."""
+    found = []
+    for life in lives:
+        if life["arm"] == "none":
+            continue
+        points = sorted(
+            (other["learned"], other["forgotten"])
+            for other in lives
+            if other["arm"] == "none" and other["run"] == life["run"]
+        )
+        without = None
+        for (low, least), (high, most) in pairwise(points):
+            if low <= life["learned"] <= high:
+                share = (life["learned"] - low) / max(high - low, 1e-12)
+                without = least + share * (most - least)
+        recovered = None if without is None else 1 - life["forgotten"] / without
+        told = {key: life[key] for key in ("run", "arm", "scale", "learned", "forgotten")}
+        found.append(told | {"none forgets": without, "recovered": recovered})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     form = parser.add_mutually_exclusive_group(required=True)
@@ -199,20 +228,27 @@ def main() -> None:
         order = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(run)).tolist()]
         order = order[: told.bodies]
         days = [(name, texts[name][0][: chosen.body_bytes]) for name in order]
-        for scale in chosen.scales:
+        for scale in sorted({*chosen.scales, *chosen.frontier}):
             growing = scaled(model, scale)
             probes = {
                 name: lambda s, held=texts[name][1]: BITS * mean_surprise(growing, [held], weights=s.levels.weights)  # noqa: B023
                 for name in [OLD, *order]
             }
             for name, arm in arms(chosen).items():
-                if told.only and name not in told.only:
+                if (told.only and name not in told.only) or scale not in (
+                    chosen.frontier if name == "none" else chosen.scales
+                ):
                     continue
                 lived = live(growing, arm, days, probes, chosen.night, (run, "life"))
                 found = {"run": run, "order": order, "scale": scale, "arm": name} | measures(lived["bits"], order)
                 results.append(found | lived)
                 print(json.dumps(found | {k: lived[k] for k in ("seconds at rest", "bytes stored")}), flush=True)
-                about = {"form": repr(chosen), "texts": sorted(texts), "lives": results}
+                about = {
+                    "form": repr(chosen),
+                    "texts": sorted(texts),
+                    "at equal plasticity": at_equal_plasticity(results),
+                }
+                about["lives"] = results
                 write_result(HERE / "results", told.out or ("full" if told.full else "quick"), about)  # what there is
 
 

@@ -224,22 +224,17 @@ class _Night(NamedTuple):
         made = self._room(student.weights, hosts, dreams)
         if made.slot is None:
             return current, _nothing(pair, made.how, 0)._replace(students=students, before=start)
-        before_it = self._rehearsal(pair, student)
-        place = Place(hosts, None if _own(config) else made.slot)
-        weights = made.weights
-        if place.slot is not None:
-            weights = activate(model, weights, hosts, place.slot, draws(self.key, pair, "slot"))
-        views = views._replace(student=weights)
+        rehearsal = self._rehearsal(pair, student)
+        place, views = self._grown(pair, views._replace(student=made.weights), made, hosts)
         if config.warm_start and place.slot is not None:
-            weights, _ = warm_start(model, views, place, fast, dreams, model.rank, before_it)
+            weights, _ = warm_start(model, views, place, fast, dreams, model.rank, rehearsal)
             views = views._replace(student=weights)
         started = distance(model, views, held)
-        done = self._seed(pair, views, place, dreams, limit, before_it)
-        final = views._replace(student=done.weights)
-        after = distance(model, final, held)
+        done = self._seed(pair, views, place, dreams, limit, rehearsal)
+        after = distance(model, views._replace(student=done.weights), held)
         bare = done.weights if place.slot is None else masked(model, done.weights, hosts, place.slot)
         outcome = self._judge(done, start, after)
-        rehearsed = before_it.dreams if before_it else ()
+        written = (*dreams, *held, *(rehearsal.dreams if rehearsal else ()))
         report = PairReport(
             pair.fast,
             pair.slow,
@@ -250,15 +245,23 @@ class _Night(NamedTuple):
             start,
             started,
             after,
-            distance(model, final._replace(student=bare), held),
+            distance(model, views._replace(student=bare), held),
             done.steps,
-            done.tokens
-            + sum(part.tokens.numel() for part in (*dreams, *held, *(before_it.dreams if before_it else ()))),
+            done.tokens + sum(part.tokens.numel() for part in written),
             done.divergences,
             done.rewards,
             self.bound.now - began,
         )
         return (student._replace(weights=done.weights) if outcome == KEPT else current), report
+
+    def _grown(self, pair: Pair, views: Views, made: Made, hosts: tuple[int, ...]) -> tuple[Place, Views]:
+        """Where the student is to learn, and the student with a new slot there."""
+        if _own(self.config) or made.slot is None:
+            return Place(hosts, None), views
+        generator = draws(self.key, pair, "slot")
+        return Place(hosts, made.slot), views._replace(
+            student=activate(self.model, views.student, hosts, made.slot, generator)
+        )
 
     def _dreams(self, pair: Pair, teacher: LevelsState, states: States | None) -> tuple[list[Dreams], list[Dreams]]:
         """What is learned from, and what is held out."""

@@ -34,6 +34,7 @@ from nestling.sleep import (
     reduced_rank,
     reservoir,
     self_study,
+    when_slots_fill,
     when_surprised,
 )
 from nestling.sleep.imitation import advantages
@@ -79,6 +80,14 @@ class TestSchedule:
         assert part.pairs(LEVELS, Moment(200, 200, surprise=3.4, best=3.0)) == ()
         assert part.pairs(LEVELS, Moment(200, 50, surprise=3.5, best=3.0)) == ()
         assert part.pairs(LEVELS, Moment(200, 200)) == ()
+        assert part.next(LEVELS, 255) == part.next(LEVELS, 0) == 256
+
+    def test_slots(self) -> None:
+        part = when_slots_fill(0.8, each=100)
+        assert part.pairs(LEVELS, Moment(200, 200, used={1_000: 0.9, 5_000: 0.8, 10_000: 1.0})) == (SLOW, FAST)
+        assert part.pairs(LEVELS, Moment(200, 200, used={1_000: 0.0, 5_000: 0.8})) == (SLOW,)
+        assert part.pairs(LEVELS, Moment(200, 200)) == ()
+        assert part.next(LEVELS, 100) == 200
 
     def test_the_context_is_faster_than_any_level(self) -> None:
         assert pairs(LEVELS, context=True) == (SLOW, FAST, Pair(CONTEXT, 1_000))

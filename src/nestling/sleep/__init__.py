@@ -8,14 +8,16 @@ from .night import SleepConfig, sleep
 from .prune import evict, importance, merge, merge_slots, prune_slots, refuse, within_budget
 from .report import PairReport, Scores, SleepReport
 from .reservoir import Reservoir, keep, no_reservoir, reservoir
-from .schedule import Pair, Schedule, after, at_ticks, by_hand, due, nights, pairs, when_surprised
+from .schedule import Pair, Schedule, after, at_ticks, by_hand, due, nights, pairs, when_slots_fill, when_surprised
 from .seed import Place, SeedConfig, Seeded, Views, distance, seed
 from .student import Student, paper, reset
+from .waking import Lived, begin, live
 from .warm_start import reduced_rank, warm_start
 
 __all__ = [
     "Dreams",
     "Heard",
+    "Lived",
     "Meaning",
     "Pair",
     "PairReport",
@@ -35,6 +37,7 @@ __all__ = [
     "any_token",
     "as_likely",
     "at_ticks",
+    "begin",
     "by_hand",
     "distance",
     "divergence",
@@ -49,6 +52,7 @@ __all__ = [
     "judged",
     "keep",
     "likeness",
+    "live",
     "merge",
     "merge_slots",
     "mixture",
@@ -69,6 +73,7 @@ __all__ = [
     "sleep",
     "used",
     "warm_start",
+    "when_slots_fill",
     "when_surprised",
     "within_budget",
 ]

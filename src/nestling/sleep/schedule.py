@@ -2,9 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 from nestling.levels import level
@@ -39,14 +40,14 @@ def due(levels: Sequence[level], position: int) -> tuple[Pair, ...]:
 
 
 class Moment(NamedTuple):
-    """What a schedule is told of a life: tokens read, tokens read since the last sleep, the share of the fastest
-    host's slots that are free, nats a token of late and at the best of times since the last sleep."""
+    """What a schedule is told of a life: tokens read, tokens read since the last sleep, nats a token of late and at the
+    best of times since the last sleep, and the share of slots in use beside the levels of each period."""
 
     position: int
     awake: int
-    free: float = 1.0
     surprise: float = math.nan
     best: float = math.nan
+    used: Mapping[float, float] = MappingProxyType({})
 
 
 class Schedule(Part, family=True):
@@ -56,9 +57,9 @@ class Schedule(Part, family=True):
     def pairs(self, levels: Sequence[level], moment: Moment) -> tuple[Pair, ...]:
         """What consolidates at this moment: nothing, where the life stays awake."""
 
+    @abstractmethod
     def next(self, levels: Sequence[level], position: int) -> int:
-        """The next position at which to ask, in tokens."""
-        return position + 1
+        """The next position at which to ask, in tokens: a function of nothing but the position."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,15 +96,41 @@ class after(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class when_surprised(Schedule):
-    """Once the mean surprise of late is `nats` above the best since the last sleep: what was held is being lost, or
-    the text has changed. Not before `at_least` tokens."""
+    """Once the mean surprise of the last `over` tokens is `nats` above the best since the last sleep: what was held is
+    being lost, or the text has changed. Not before `at_least` tokens."""
 
     nats: float
     at_least: int
+    over: int = 256
+
+    def __post_init__(self) -> None:
+        if self.over < 1:
+            raise ValueError(f"when_surprised: over must be >= 1 token, got {self.over}")
+
+    def next(self, levels: Sequence[level], position: int) -> int:
+        return (position // self.over + 1) * self.over
 
     def pairs(self, levels: Sequence[level], moment: Moment) -> tuple[Pair, ...]:
         surprised = moment.surprise - moment.best >= self.nats
         return pairs(levels) if surprised and moment.awake >= self.at_least else ()
+
+
+@dataclass(frozen=True, repr=False)
+class when_slots_fill(Schedule):
+    """Once a level uses this share of its slots, it gives them up to the next slower one. Asked every `each` tokens."""
+
+    share: float = 1.0
+    each: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.each < 1:
+            raise ValueError(f"when_slots_fill: share must be in (0, 1] and each >= 1, got {self.share}, {self.each}")
+
+    def next(self, levels: Sequence[level], position: int) -> int:
+        return (position // self.each + 1) * self.each
+
+    def pairs(self, levels: Sequence[level], moment: Moment) -> tuple[Pair, ...]:
+        return tuple(pair for pair in pairs(levels) if moment.used.get(pair.fast, 0.0) >= self.share)
 
 
 @dataclass(frozen=True, repr=False)

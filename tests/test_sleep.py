@@ -34,6 +34,7 @@ from nestling.sleep import (
     sleep,
     within_budget,
 )
+from nestling.sleep.dreams import write_on
 from nestling.sleep.grow import activate, active, bank, first_free, levels_of, masked
 from nestling.sleep.schedule import CONTEXT, Pair
 from nestling.sleep.seed import Rehearsal, answers, draw, objective
@@ -429,6 +430,19 @@ class TestSeeding:
         )
         assert cold[1].pairs[0].started == cold[1].pairs[0].before
         assert warm[1].pairs[0].started < 0.8 * warm[1].pairs[0].before, str(warm[1])
+
+    def test_a_warm_start_with_a_rehearsal_is_nearer_to_what_was(self, life, model) -> None:
+        """The gate tells the teacher's dreams from the student's own."""
+        none = replace(CONFIG, warm_start=True, dreams=64, seeding=replace(SEEDING, steps=0))
+        apart = {}
+        for share in (0.0, 1.0):
+            state, report = sleep(model, life, replace(none, rehearsal=share), "night", only=[FAST])
+            assert report.pairs[0].kept
+            weights = state.levels.weights
+            bare = masked(model, weights, levels_of(model, 48), 0)
+            own = write_on(model, bare, torch.arange(0, 256, 4)[:, None], 8, draws("own"))
+            apart[share] = distance(model, Views(bare, weights), [Dreams(own, 1)])
+        assert apart[1.0] < 0.7 * apart[0.0], str(apart)
 
     def test_a_rank_that_is_wide_enough_carries_all(self) -> None:
         """The fast level as a map of low rank, moved into the slot that reads what it read: exactly zero is left."""

@@ -40,6 +40,7 @@ from nestling.sleep import (
 from nestling.sleep.imitation import advantages
 from nestling.sleep.prune import by_magnitude, by_wanda, merge_maps
 from nestling.sleep.schedule import CONTEXT, Moment
+from nestling.sleep.warm_start import discriminant
 
 F64 = torch.float64
 LEVELS = (level(1_000), level(5_000), level(10_000)) * 2  # two blocks
@@ -273,6 +274,16 @@ class TestCompressing:
         left, values, right = torch.linalg.svd(torch.linalg.lstsq(h, y).solution)
         cut = left[:, :2] * values[:2] @ right[:2]
         assert found < float((y - h @ cut).square().sum())  # which truncating the weights does not reach
+
+    def test_the_discriminant_is_the_chance_of_the_first_kind(self) -> None:
+        """Of normal rows with one covariance: by Bayes' rule, on rows that it was not made from."""
+        mix, a, b = random(3, 3, seed=1), random(3, seed=2) * 0.3, random(3, seed=3) * 0.3
+        gate = discriminant(random(20_000, 3, seed=4) @ mix + a, random(10_000, 3, seed=5) @ mix + b, ridge=0.0)
+        h = random(5, 3, seed=6) @ mix
+        covariance = mix.mT @ mix
+        chances = [torch.distributions.MultivariateNormal(mean, covariance).log_prob(h) for mean in (a, b)]
+        expected = torch.sigmoid(chances[0] - chances[1] + math.log(2))
+        torch.testing.assert_close(torch.sigmoid(h @ gate[:3] + gate[3]), expected, rtol=0, atol=0.02)
 
     def test_rank_beyond_what_there_is(self) -> None:
         fit = reduced_rank(random(30, 4), random(30, 3, seed=1), 5)

@@ -24,6 +24,7 @@ Probe = Callable[[tuple[Weights, ...]], float]
 """A score of a life's weights, such as the surprise on text that is held out."""
 Tell = Callable[[Pair, int, int], None]
 """(pair, steps done, steps in all): called as a sleep goes on."""
+FINISHED = ("done", "stopped")
 NOT_BEGUN = -1
 """Steps of a pair for which no time was left."""
 
@@ -94,7 +95,8 @@ def sleep(
     Pair by pair, slow pair first: the next slot of the slow levels is activated, the student (see `Student`) is taught
     by the teacher on the teacher's dreams (Knowledge Seeding: nothing but the new slot moves), the fast levels become
     the student's, and their own slots are emptied. A pair is left without effect, and the report says why, where no
-    slot is free, where the loss breaks, or where the student is not nearer to the teacher than before.
+    slot is free, where the loss breaks, or where the student is not nearer to the teacher than before, on dreams that
+    are held out; where seeding took it further away than a warm start had brought it, the warm start stays.
 
     A `ReadingState` first learns what it holds open (`Reader.settle`); its sequence state stays. key: what all draws
     are keyed by, such as (a life's seed, an event's key); the same state, config and key give the same bits. only: some
@@ -232,6 +234,8 @@ class _Night(NamedTuple):
         started = distance(model, views, held)
         done = self._seed(pair, views, place, dreams, limit, rehearsal)
         after = distance(model, views._replace(student=done.weights), held)
+        if done.outcome in FINISHED and started < after:  # what a warm start knew, and seeding has lost
+            done, after = done._replace(weights=views.student), started
         bare = done.weights if place.slot is None else masked(model, done.weights, hosts, place.slot)
         outcome = self._judge(done, start, after)
         written = (*dreams, *held, *(rehearsal.dreams if rehearsal else ()))
@@ -322,7 +326,7 @@ class _Night(NamedTuple):
         return seed(self.model, views, place, dreams, config, generator, stop, rehearsal)
 
     def _judge(self, done: Seeded, before: float, after: float) -> str:
-        if done.outcome not in ("done", "stopped"):
+        if done.outcome not in FINISHED:
             return done.outcome
         if not math.isfinite(after):
             return "not finite"

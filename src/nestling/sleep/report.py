@@ -10,7 +10,7 @@ class PairReport(NamedTuple):
     learned from.
 
     outcome: "kept", or why the pair was left without effect. students: before seeding, for every kind of student.
-    before: of the student of this sleep; started: after the warm start; after: once seeded; without: the same, with
+    before: of the student of this sleep; started: after the warm start; after: of what stays; without: the same, with
     the new slot masked. seconds: nan where no clock was given.
     """
 

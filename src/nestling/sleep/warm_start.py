@@ -1,5 +1,6 @@
 """A slot's first maps by reduced-rank regression: what rank r can carry of what the fast level gives up."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,29 +59,64 @@ def warm_start(
     less than the teacher's, and the share that each fit leaves.
 
     Block by block, each fitted in the activations that the slots before it leave. A start, and a diagnostic: what
-    differs in the stream for other reasons (attention, other blocks) is not in the targets.
+    differs in the stream for other reasons (attention, other blocks) is not in the targets. With a rehearsal, the gate
+    opens where a linear discriminant tells the teacher's dreams from the student's own, where the target is zero.
     """
     slot = place.slot
     assert slot is not None
     student, left = views.student, []
+    lessons = [(views.teacher, views.teacher_state, part) for part in dreams]
+    own = [(rehearsal.weights, views.student_state, part) for part in rehearsal.dreams] if rehearsal else []
     for host in place.hosts:
-        first = max((i for i in fast if i <= host), default=host)
-        inputs, targets = [], []
-        lessons = [(views.teacher, views.teacher_state, part) for part in dreams]
-        if rehearsal is not None:
-            lessons += [(rehearsal.weights, views.student_state, part) for part in rehearsal.dreams]
-        for teacher, states, part in lessons:
-            theirs = _answered(model, teacher, part.tokens, states, range(first, host + 1))
-            mine = _answered(model, student, part.tokens, views.student_state, range(first, host + 1))
-            inputs.append(mine.inputs)
-            targets.append(theirs.answers - mine.answers)
-        fit = reduced_rank(torch.cat(inputs), torch.cat(targets), rank, RIDGE)
-        left.append(fit.left)
+        levels = range(max((i for i in fast if i <= host), default=host), host + 1)
+        h, y = _targets(model, student, lessons, levels, views.student_state)
         found = bank(model, student, host)
-        opened = float(torch.sigmoid(found.gate[slot, -1]))
-        new = (fit.down, fit.up / opened, found.gate[slot])
+        gate = found.gate[slot]
+        if own:
+            old, none = _targets(model, student, own, levels, views.student_state)
+            gate = discriminant(h, old)
+            h, y = torch.cat([h, old]), torch.cat([y, none])
+        opened = torch.sigmoid(h @ gate[:-1] + gate[-1])
+        fit = reduced_rank(h * opened[:, None], y, rank, RIDGE)
+        left.append(fit.left)
+        new = (fit.down, fit.up, gate)
         student = replace_bank(model, student, host, put_slot(found, slot, new, 1.0))
     return student, tuple(left)
+
+
+def discriminant(these: Tensor, others: Tensor, ridge: float = 0.1) -> Tensor:
+    """A gate [d + 1] that opens to rows of the first kind and not of the second [n, d]: Fisher's linear discriminant,
+    sigmoid(w h + c) being the chance of the first under normal distributions of one covariance.
+
+    ridge: of the covariance, as a share of its mean variance: with few rows in many dims, the kinds seem further apart
+    than they are.
+    """
+    a, b = these.double(), others.double()
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    apart = torch.cat([a - mean_a, b - mean_b])
+    covariance = apart.mT @ apart / len(apart)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    w = torch.linalg.solve(covariance, mean_a - mean_b)
+    c = -(mean_a + mean_b) @ w / 2 + math.log(len(a) / len(b))
+    return torch.cat([w, c[None]]).to(these)
+
+
+def _targets(
+    model: Growing,
+    student: tuple[Weights, ...],
+    lessons: Sequence[tuple[tuple[Weights, ...], States | None, Dreams]],
+    levels: range,
+    states: States | None,
+) -> tuple[Tensor, Tensor]:
+    """What the last of some levels receives in the student [n, d], and what these levels answer less than a teacher's
+    [n, v], over the dreams of all lessons."""
+    inputs, targets = [], []
+    for teacher, its_states, part in lessons:
+        theirs = _answered(model, teacher, part.tokens, its_states, levels)
+        mine = _answered(model, student, part.tokens, states, levels)
+        inputs.append(mine.inputs)
+        targets.append(theirs.answers - mine.answers)
+    return torch.cat(inputs), torch.cat(targets)
 
 
 class _Answered(NamedTuple):

@@ -55,9 +55,9 @@ class Form:
     sleep: SleepConfig
 
 
-SEEDING = SeedConfig(steps=16, prefixes=4, completions=2, learning_rate=1e-2)
+SEEDING = SeedConfig(steps=16, prefixes=4, completions=2, learning_rate=3e-3)
 QUICK = Form(
-    runs=2,
+    runs=4,
     dim=48,
     train_steps=150,
     body_bytes=4_096,
@@ -214,6 +214,7 @@ def main() -> None:
     form.add_argument("--full", action="store_true")
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--only", nargs="*", help="names of arms")
+    parser.add_argument("--runs", nargs="*", type=int, help="numbers of runs; all by default")
     parser.add_argument("--bodies", type=int, default=3, help="bodies of a life")
     parser.add_argument("--out", default=None)
     told = parser.parse_args()
@@ -221,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     results: list[dict[str, Any]] = []
-    for run in range(chosen.runs):
+    for run in told.runs or range(chosen.runs):
         texts = bodies(chosen, told.texts, run)
         model = pretrained(chosen, texts[OLD][0], run)
         names = [name for name in texts if name != OLD]

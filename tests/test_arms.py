@@ -28,8 +28,11 @@ from nestling.sleep.arms import (
 
 F64 = torch.float64
 TEXT = torch.tensor(list(b"a stitch in time saves nine, and so on and so forth. " * 6))
+PLAIN = {"source": any_token(), "warm_start": False, "rehearsal": 0.0}
 SEEDING = SeedConfig(steps=3, prefixes=2, completions=2, learning_rate=2e-2)
-CONFIG = SleepConfig(seeding=SEEDING, source=any_token(), dreams=8, held_out=8, length=8)
+CONFIG = SleepConfig(
+    seeding=SEEDING, source=any_token(), dreams=8, held_out=8, length=8, warm_start=False, rehearsal=0.0
+)
 MIXED = replace(CONFIG, source=mixture((own_samples(), prefixes(4)), (0.5, 0.5)))
 ARMS: dict[str, Arm] = {
     "none": no_sleep(),

@@ -18,7 +18,6 @@ from nestling.sleep import (
     SeedConfig,
     SleepConfig,
     Views,
-    any_token,
     as_likely,
     distance,
     draws,
@@ -44,7 +43,9 @@ TEXT = torch.tensor(list(b"the cat sat on the mat and the dog lay on the log. " 
 PERIODS = (16, 48)
 FAST, LAST = Pair(16, 48), Pair(48, math.inf)
 SEEDING = SeedConfig(steps=8, prefixes=2, completions=2, learning_rate=3e-2)
-CONFIG = SleepConfig(seeding=SEEDING, source=any_token(), dreams=16, held_out=16, length=8)
+CONFIG = SleepConfig(
+    seeding=SEEDING, source=any_token(), dreams=16, held_out=16, length=8, warm_start=False, rehearsal=0.0
+)
 
 
 def build(slots: int = 3, rank: int = 4, mixer=None, **told) -> Growing:

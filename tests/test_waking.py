@@ -28,7 +28,7 @@ from nestling.sleep import (
 
 TEXT = torch.tensor(list(b"round and round the rugged rock the ragged rascal ran. " * 6))
 SEEDING = SeedConfig(steps=2, prefixes=2, completions=2, learning_rate=2e-2)
-CONFIG = SleepConfig(seeding=SEEDING, source=any_token(), dreams=8, held_out=8, length=6, warm_start=True)
+CONFIG = SleepConfig(seeding=SEEDING, source=any_token(), dreams=8, held_out=8, length=6, rehearsal=0.0)
 FAST, SLOW = Pair(32, 96), Pair(96, math.inf)
 
 
@@ -98,7 +98,7 @@ def test_a_long_life_stays_within_its_slots() -> None:
         dreams=4,
         held_out=4,
         length=4,
-        warm_start=True,
+        rehearsal=0.5,
         when_full=merge(),
     )
     text = TEXT.repeat(6)[: 32 * 50]
@@ -114,7 +114,7 @@ def test_a_long_life_stays_within_its_slots() -> None:
 
 def test_dreams_of_what_was_kept() -> None:
     model = build()
-    config = SleepConfig(seeding=SEEDING, source=prefixes(4), dreams=8, held_out=8, length=6)
+    config = SleepConfig(seeding=SEEDING, source=prefixes(4), dreams=8, held_out=8, length=6, rehearsal=0.0)
     _, _, nights = live(model, begin(model, reservoir(3, 8)), TEXT[:40], at_ticks(), config, "life")
     assert nights[0].report.bytes_stored == 24
     assert own_samples() != prefixes(4)

@@ -9,7 +9,7 @@ from nestling.levels import Growing, LevelsState, Reader, ReadingState
 from nestling.memory.state import detach, stack
 from nestling.memory.structure import Weights
 
-from .dreams import Dreams, Source, dream, own_samples
+from .dreams import Dreams, Source, any_token, dream
 from .grow import activate, draws, first_free, levels_of, masked, used
 from .prune import Made, WhenFull, refuse
 from .report import KEPT, PairReport, Scores, SleepReport
@@ -31,19 +31,20 @@ NOT_BEGUN = -1
 
 @dataclass(frozen=True, kw_only=True)
 class SleepConfig:
-    """How a life sleeps."""
+    """How a life sleeps. warm_start and rehearsal are not the paper's; without rehearsal, sleeping lives forgot more
+    than sleepless ones that learned as much (studies/sleep/first)."""
 
     student: Student = reset()
     seeding: SeedConfig = SeedConfig()
-    source: Source = own_samples()
+    source: Source = any_token()
     dreams: int = 256
     held_out: int = 32  # more dreams, from which nothing is learned
     length: int = 64  # tokens of a dream, without its prompt
     temperature: float = 1.0  # of the teacher's writing
-    warm_start: bool = False  # fit a new slot by reduced-rank regression before it is seeded
+    warm_start: bool = True  # fit a new slot by reduced-rank regression before it is seeded
     context: bool = False  # consolidate what the sequence state holds, too, into the fastest level
     when_full: WhenFull = refuse()
-    rehearsal: float = 0.0  # dreams of the student itself, before it is taught, as a share of `dreams`
+    rehearsal: float = 1.0  # dreams of the student itself, before it is taught, as a share of `dreams`
     least_recovered: float = 0.0  # share of the divergence that seeding must take away for a pair to be kept
 
     def __post_init__(self) -> None:

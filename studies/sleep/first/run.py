@@ -65,9 +65,7 @@ QUICK = Form(
     held_out=4_096,
     scales=(0.5,),
     frontier=(0.03, 0.06, 0.12, 0.25, 0.5, 1.0),
-    sleep=SleepConfig(
-        seeding=SEEDING, source=any_token(), dreams=48, held_out=24, length=24, warm_start=True, when_full=merge()
-    ),
+    sleep=SleepConfig(seeding=SEEDING, dreams=48, held_out=24, length=24, rehearsal=0.0, when_full=merge()),
 )
 FULL = replace(
     QUICK,

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nestling.levels import Growing, Reader, ReadingState, level, mean_surprise, reptile
-from nestling.memory import momentum
+from nestling.levels import Growing, Reader, ReadingState, Taps, level, mean_surprise, reptile
+from nestling.levels.slots import read_slots
+from nestling.memory import mlp, momentum
 from nestling.memory.state import detach, flatten, unflatten
+from nestling.memory.structure import plain
 from nestling.models import Decoder, ModelConfig
+from nestling.models.data import from_data, to_data
 from nestling.sequence import attention, self_modifying
 from nestling.sleep import (
     Dreams,
@@ -18,6 +21,7 @@ from nestling.sleep import (
     SeedConfig,
     SleepConfig,
     Views,
+    any_token,
     as_likely,
     distance,
     draws,
@@ -25,8 +29,11 @@ from nestling.sleep import (
     imitation,
     importance,
     merge,
+    mixture,
     nothing,
+    own_samples,
     paper,
+    prefixes,
     prune_slots,
     reset,
     seed,
@@ -544,3 +551,55 @@ def test_without_the_semantic_reward(model, life) -> None:
 def test_answers_are_the_models(model, life) -> None:
     got = answers(model, life.levels.weights, TEXT[None, :9], None)
     assert torch.equal(got, model(TEXT[None, :9], weights=life.levels.weights)[0])
+
+
+class Foreign(torch.nn.Module):
+    """Not of this library: a table, one MLP a block, a recurrent state; two blocks whose MLPs are levels."""
+
+    levels = (level(8, step_size=0.5, structure=mlp(expansion=2.0, residual=False)), level(32, step_size=0.5)) * 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(30, 8, generator=generator, dtype=F64)
+        self.maps = [tuple(w.double() for w in lvl.structure.init(8, 8, generator=generator)) for lvl in self.levels]
+
+    def level_weights(self):
+        return tuple(self.maps)
+
+    def init_state(self, batch: int):
+        return (torch.zeros(batch, 8, dtype=F64),)
+
+    def forward(self, tokens, state=None, *, weights=None, taps=None, slots=(), valid=None):
+        (memory,) = self.init_state(len(tokens)) if state is None else state
+        outputs = []
+        for t in range(tokens.shape[1]):
+            memory = 0.5 * memory + self.table[tokens[:, t]]
+            outputs.append(memory)
+        x = torch.stack(outputs, 1)
+        for index, maps in enumerate(self.maps if weights is None else weights):
+            h = F.layer_norm(x, (8,))
+            read, inputs, given = self.levels[index].structure.forward(plain(maps), h)
+            if taps is not None:
+                taps.append(Taps(inputs, given))
+            x = x + read + (read_slots(slots[index], h) if slots else 0)
+        return F.layer_norm(x, (8,)) @ self.table.mT, (memory,)
+
+
+def test_any_levelled_model_that_takes_slots_can_sleep() -> None:
+    model = Growing(Foreign(), slots=2, rank=3)
+    text = torch.arange(100) * 7 % 30
+    config = replace(CONFIG, source=any_token(vocabulary=30), warm_start=True, rehearsal=1.0)
+    state, report = sleep(model, lived(model, text), config, "night")
+    assert [pair.outcome for pair in report.pairs] == ["kept"], str(report)
+    assert report.slots == {8: 0, 32: 1}
+    onward, out = Reader(model).read(state, text[:20])
+    assert out.nll.isfinite().all()
+    assert int(onward.position) == 120
+
+
+def test_a_configuration_is_plain_data() -> None:
+    config = replace(
+        CONFIG, student=paper(), when_full=merge(), source=mixture((own_samples(), prefixes(4)), (0.5, 0.5))
+    )
+    assert from_data(SleepConfig, to_data(config)) == config

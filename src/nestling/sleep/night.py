@@ -218,6 +218,8 @@ class _Night(NamedTuple):
             dreams, held = self._dreams(pair, current, teaching)
         except FloatingPointError:
             return current, _nothing(pair, "the teacher is not finite", 0)
+        if self.bound.passed():  # what was dreamt is let go: a pair is begun or not
+            return current, _nothing(pair, "out of time", NOT_BEGUN)
         student = config.student.of(model, current, learned, fast)
         views = Views(current.weights, student.weights, teaching, None)
         students = self._students(views, current, learned, before, fast, held)

@@ -141,8 +141,8 @@ MUTANTS = (
     Mutant("levels/neurons.py", "slice(start, end)))", "slice(0, end - start)))", "tests/test_neurons.py"),
     Mutant(
         "levels/continuum.py",
-        "last._replace(input=last.input[:, self.neurons])",
-        "last._replace(input=last.input[:, : last.input[:, self.neurons].shape[1]])",
+        "onward._replace(input=onward.input[..., self.neurons])",
+        "onward._replace(input=onward.input[..., : onward.input[..., self.neurons].shape[-1]])",
         "tests/test_neurons.py",
     ),
     Mutant("levels/attention_cache.py", "(slots >= start[used:, None])", "(slots >= 0)", "tests/test_stacking.py"),
@@ -167,6 +167,43 @@ MUTANTS = (
         'if about.get("fits") != fits:',
         'if about.get("fits") == "":',
         "tests/test_stacked_folder.py",
+    ),
+    Mutant("levels/slots.py", "+ bank.gate[:, -1]) * bank.active", "+ bank.gate[:, -1])", "tests/test_slots.py"),
+    Mutant("sleep/schedule.py", "in pairwise(ladder))[::-1]", "in pairwise(ladder))", "tests/test_sleep_parts.py"),
+    Mutant(
+        "sleep/grow.py",
+        "torch.zeros_like(found.up[0]), torch.zeros_like(found.gate[0]))\n        return put",
+        "torch.ones_like(found.up[0]), torch.zeros_like(found.gate[0]))\n        return put",
+        "tests/test_sleep.py",
+    ),
+    Mutant(
+        "sleep/divergence.py",
+        "return beta * kl(log_t, mixed)",
+        "return beta * kl(mixed, log_t)",
+        "tests/test_sleep_parts.py",
+    ),
+    Mutant(
+        "sleep/imitation.py",
+        "rewards - (rewards.sum(1, keepdim=True) - rewards) / (group - 1)",
+        "rewards - rewards.mean(1, keepdim=True)",
+        "tests/test_sleep_parts.py",
+    ),
+    Mutant("sleep/seed.py", "(groups.to(said) * said)", "(-groups.to(said) * said)", "tests/test_sleep.py"),
+    Mutant(
+        "sleep/student.py",
+        "LevelsState(empty(model, tuple(weights), fast),",
+        "LevelsState(tuple(weights),",
+        "tests/test_sleep.py",
+    ),
+    Mutant(
+        "sleep/reservoir.py", "torch.randint(0, seen, (1,)", "torch.randint(0, room, (1,)", "tests/test_sleep_parts.py"
+    ),
+    Mutant("sleep/warm_start.py", "reduced_rank(h * opened[:, None], y", "reduced_rank(h, y", "tests/test_sleep.py"),
+    Mutant(
+        "sleep/dreaming.py",
+        "F.cosine_similarity(gradients, wanted[None]",
+        "F.cosine_similarity(gradients, -wanted[None]",
+        "tests/test_dreaming.py",
     ),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nestling
 
-ROOMS = ["memory", "sequence", "optim", "levels", "models", "checks", "learner", "train", "tasks", "cli"]
+ROOMS = ["memory", "sequence", "optim", "levels", "models", "checks", "sleep", "learner", "train", "tasks", "cli"]
 SOURCE = Path(nestling.__file__).parent
 
 

@@ -4,11 +4,13 @@ from .continuum import Continuum, Level, Taps, Wiring, chain, heads, level
 from .describe import Row, System, describe
 from .encoders import ExampleOut, ExampleReader, ExampleState, MaskedReader, MaskedState
 from .evaluation import mean_surprise, surprise_by_position
+from .growing import Growing
 from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
 from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
 from .reading import Accept, LevelledModel, Reader, ReadingState, ReadOut
+from .slots import Slots
 from .stacking import StackConfig, Stacked, StackedDecoder, StackedEncoder, stack
 from .transfer import (
     Box,
@@ -34,6 +36,7 @@ __all__ = [
     "ExampleOut",
     "ExampleReader",
     "ExampleState",
+    "Growing",
     "InContext",
     "InContextState",
     "Level",
@@ -47,6 +50,7 @@ __all__ = [
     "Reader",
     "ReadingState",
     "Row",
+    "Slots",
     "StackConfig",
     "Stacked",
     "StackedDecoder",

@@ -15,6 +15,7 @@ from nestling.memory.part import Part
 from nestling.memory.rule import Gates, Gradient, Pairs, Rule, every, gradient_descent
 from nestling.memory.structure import Structure, Weights, mlp, plain
 
+from .slots import Slots, read_slots
 from .transfer import Meta, Transfer, backpropagation, initialization, reptile
 
 
@@ -163,8 +164,9 @@ class heads(Wiring):
 class Continuum(nn.Module):
     """Blocks that learn at their own periods, in a chain (Hope's) or side by side.
 
-    x [b, t, d] -> y [b, t, d]. The weights can be given from outside, one tuple a level: those of a life. Given
-    a list, `taps` collects what is needed to compute every level's gradient as pairs.
+    x [b, t, d] -> y [b, t, d]. The weights can be given from outside, one tuple a level: those of a life; so can slots,
+    one bank a level, whose answers are added to those of the level's block. Given a list, `taps` collects what is
+    needed to compute every level's gradient as pairs.
     """
 
     def __init__(
@@ -202,6 +204,7 @@ class Continuum(nn.Module):
         x: Float[Tensor, "b t d"],
         weights: tuple[Weights, ...] | None = None,
         taps: list[Taps] | None = None,
+        slots: tuple[Slots, ...] = (),
     ) -> Float[Tensor, "b t d"]:
         weights = self.level_weights() if weights is None else weights
         shares = [1.0] * len(self.blocks) if self.shares is None else self.shares
@@ -214,6 +217,9 @@ class Continuum(nn.Module):
             read, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
                 taps.extend(block.taps(mine, inputs, outputs))
+            for bank in slots[: len(block.levels)]:
+                read = read + read_slots(bank, normed)
+            slots = slots[len(block.levels) :]
             y = y + (read if self.shares is None else read * share)
         return y
 

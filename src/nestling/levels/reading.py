@@ -157,6 +157,13 @@ class Reader:
         table = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
         return begun._replace(position=state.position), ReadOut(begun.logits.new_zeros(0), table)
 
+    def settle(self, state: ReadingState) -> ReadingState:
+        """What is open is learned now, and the document goes on. The prediction of its next token teaches nothing."""
+        if not self.learning or not state.segment.numel():
+            return state
+        _, levels, _ = self._learn(state, state.segment, None)
+        return state._replace(levels=levels, segment=state.segment[:0], before=state.now)
+
     @torch.no_grad()
     def _predict(self, state: ReadingState, tokens: Tensor) -> tuple[ReadingState, Tensor]:
         """Go on inside an open segment; what it will learn from is kept, and nothing is written yet."""

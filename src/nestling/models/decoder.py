@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.levels.continuum import Continuum, Taps, level
+from nestling.levels.slots import Slots
 from nestling.memory.structure import Weights
 
 from .config import ModelConfig
@@ -30,12 +31,13 @@ class Block(nn.Module):
         state: Any,
         weights: tuple[Weights, ...] | None,
         taps: list[Taps] | None,
+        slots: tuple[Slots, ...],
         reset: Tensor | None,
         valid: Tensor | None,
     ) -> tuple[Tensor, Any]:
         normed = F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-6)
         y, state = self.mixer(normed, state, reset=reset, valid=valid)
-        return self.continuum(x + y, weights, taps), state
+        return self.continuum(x + y, weights, taps, slots), state
 
 
 class ModelState(NamedTuple):
@@ -46,7 +48,7 @@ class ModelState(NamedTuple):
 
 class Decoder(nn.Module):
     """Tokens [b, t] -> logits [b, t, V] and the state after them. Everything learned in the sequence is in the
-    state; the levels' weights may be given from outside; the call changes nothing."""
+    state; the levels' weights and slots may be given from outside; the call changes nothing."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -75,15 +77,20 @@ class Decoder(nn.Module):
         *,
         weights: tuple[Weights, ...] | None = None,
         taps: list[Taps] | None = None,
+        slots: tuple[Slots, ...] = (),
         reset: Bool[Tensor, "b t"] | None = None,
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b t v"], ModelState]:
+        for name, given in (("weights", weights), ("slots", slots)):
+            if given and len(given) != len(self.levels):
+                raise ValueError(f"{name} must have one entry for each of {len(self.levels)} levels, got {len(given)}")
         state = self.init_state(tokens.shape[0]) if state is None else state
         x = F.embedding(tokens, self.embedding) / _EMBEDDING_SCALE
         after, count = [], len(self.levels) // len(self.blocks)
         for index, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
-            own = None if weights is None else weights[index * count : (index + 1) * count]
-            x, block_state = block(x, before, own, taps, reset, valid)
+            mine = slice(index * count, (index + 1) * count)
+            own = None if weights is None else weights[mine]
+            x, block_state = block(x, before, own, taps, slots[mine], reset, valid)
             after.append(block_state)
         x = F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-6)
         return x @ self.embedding.mT, ModelState(tuple(after))

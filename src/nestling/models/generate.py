@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nestling.levels.reading import LevelledModel
 from nestling.memory.structure import Weights
-
-from .decoder import Decoder
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -22,7 +21,7 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> in
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: LevelledModel,
     prompt: bytes,
     tokens: int,
     *,
@@ -42,7 +41,7 @@ def generate(
 
 
 def _generate(
-    model: Decoder,
+    model: LevelledModel,
     prompt: bytes,
     tokens: int,
     weights: tuple[Weights, ...] | None,

@@ -1,0 +1,85 @@
+"""What a sleep did, pair by pair."""
+
+from typing import NamedTuple
+
+KEPT = "kept"
+
+
+class PairReport(NamedTuple):
+    """One pair's consolidation. Divergences are KL(teacher || student) in nats a token, over dreams that were not
+    learned from.
+
+    outcome: "kept", or why the pair was left without effect. students: before seeding, for every kind of student.
+    before: of the student of this sleep; started: after the warm start; after: of what stays; without: the same, with
+    the new slot masked. seconds: nan where no clock was given.
+    """
+
+    fast: float
+    slow: float
+    slot: int | None
+    outcome: str
+    room: str  # how a slot was found where there was none
+    students: dict[str, float]
+    before: float
+    started: float
+    after: float
+    without: float
+    steps: int
+    tokens: int
+    divergences: list[float]
+    rewards: list[float]
+    seconds: float
+
+    @property
+    def kept(self) -> bool:
+        return self.outcome == KEPT
+
+    @property
+    def recovered(self) -> float:
+        """The share of the divergence that seeding took away."""
+        return 1 - self.after / self.before if self.before > 0 else 0.0
+
+
+class Scores(NamedTuple):
+    """What a probe said: before the sleep; after what was still open has been learned, without a sleep; after it."""
+
+    before: float
+    awake: float
+    after: float
+
+
+class SleepReport(NamedTuple):
+    """A whole sleep. slots: active ones beside the levels of each period, of `room` each. bytes_stored: of wake text.
+    seconds: nan where no clock was given."""
+
+    pairs: tuple[PairReport, ...]
+    probes: dict[str, Scores]
+    slots: dict[float, int]
+    room: int
+    tokens: int
+    bytes_stored: int
+    seconds: float
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Seeding steps of each pair: given to `sleep` again, they make the same sleep without a clock."""
+        return tuple(pair.steps for pair in self.pairs)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{_period(p.fast)} -> {_period(p.slow)}: {p.outcome}; KL {p.before:.4f} -> {p.after:.4f} "
+            f"(slot masked {p.without:.4f}), {p.steps} steps{f'; {p.room}' if p.room else ''}"
+            for p in self.pairs
+        ]
+        lines += [
+            f"{name}: {s.before:.4f} before, {s.awake:.4f} awake, {s.after:.4f} after"
+            for name, s in self.probes.items()
+        ]
+        held = ", ".join(f"{n} of {self.room} at {_period(period)}" for period, n in self.slots.items())
+        return "\n".join(
+            [*lines, f"slots: {held}; {self.tokens:,} tokens; {self.bytes_stored} bytes of wake text stored"]
+        )
+
+
+def _period(period: float) -> str:
+    return "context" if period == 0 else f"{period:,.0f}"

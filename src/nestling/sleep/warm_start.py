@@ -1,0 +1,136 @@
+"""A slot's first maps by reduced-rank regression: what rank r can carry of what the fast level gives up."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.levels import Growing, Taps
+from nestling.levels.slots import read_slots
+from nestling.memory.structure import Weights
+
+from .dreams import Dreams
+from .grow import bank, put_slot, replace_bank
+from .seed import Place, Rehearsal, States, Views
+
+RIDGE = 1e-4  # of the mean square of the inputs
+
+
+class Fit(NamedTuple):
+    """Maps of rank r, W = up down, and the share of the target's squares that they leave."""
+
+    down: Tensor  # [r, d]
+    up: Tensor  # [v, r]
+    left: float
+
+
+def reduced_rank(inputs: Tensor, targets: Tensor, rank: int, ridge: float = 0.0) -> Fit:
+    """The W of rank r that minimises sum ||y - W h||^2 over rows h [n, d], y [n, v] (plus ridge ||W||^2 of the full
+    solution): the full-rank solution, projected on the top r right singular directions of what it predicts.
+
+    Oracle: gradient descent on both maps does not get below it (tests/test_warm_start.py).
+    """
+    h, y = inputs.double(), targets.double()
+    gram = h.mT @ h + ridge * h.square().sum() / max(1, len(h)) * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    full = torch.linalg.lstsq(gram, h.mT @ y).solution if ridge == 0 else torch.linalg.solve(gram, h.mT @ y)
+    directions = torch.linalg.svd(h @ full, full_matrices=False).Vh[:rank]  # [r, v]
+    down, up = (full @ directions.mT).mT, directions.mT
+    missing = rank - len(down)
+    if missing > 0:
+        down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
+        up = torch.cat([up, up.new_zeros(up.shape[0], missing)], 1)
+    left = float((y - h @ down.mT @ up.mT).square().sum() / y.square().sum().clamp_min(1e-300))
+    return Fit(down.to(inputs), up.to(inputs), left)
+
+
+@torch.no_grad()
+def warm_start(
+    model: Growing,
+    views: Views,
+    place: Place,
+    fast: Sequence[int],
+    dreams: Sequence[Dreams],
+    rank: int,
+    rehearsal: Rehearsal | None = None,
+) -> tuple[tuple[Weights, ...], tuple[float, ...]]:
+    """The student's weights with the new slots fitted to what the levels from the fast to the slow one together answer
+    less than the teacher's, and the share that each fit leaves.
+
+    Block by block, each fitted in the activations that the slots before it leave. A start, and a diagnostic: what
+    differs in the stream for other reasons (attention, other blocks) is not in the targets. With a rehearsal, the gate
+    opens where a linear discriminant tells the teacher's dreams from the student's own, where the target is zero.
+    """
+    slot = place.slot
+    assert slot is not None
+    student, left = views.student, []
+    lessons = [(views.teacher, views.teacher_state, part) for part in dreams]
+    own = [(rehearsal.weights, views.student_state, part) for part in rehearsal.dreams] if rehearsal else []
+    for host in place.hosts:
+        levels = range(max((i for i in fast if i <= host), default=host), host + 1)
+        h, y = _targets(model, student, lessons, levels, views.student_state)
+        found = bank(model, student, host)
+        gate = found.gate[slot]
+        if own:
+            old, none = _targets(model, student, own, levels, views.student_state)
+            gate = discriminant(h, old)
+            h, y = torch.cat([h, old]), torch.cat([y, none])
+        opened = torch.sigmoid(h @ gate[:-1] + gate[-1])
+        fit = reduced_rank(h * opened[:, None], y, rank, RIDGE)
+        left.append(fit.left)
+        new = (fit.down, fit.up, gate)
+        student = replace_bank(model, student, host, put_slot(found, slot, new, 1.0))
+    return student, tuple(left)
+
+
+def discriminant(these: Tensor, others: Tensor, ridge: float = 0.1) -> Tensor:
+    """A gate [d + 1] that opens to rows of the first kind and not of the second [n, d]: Fisher's linear discriminant,
+    sigmoid(w h + c) being the chance of the first under normal distributions of one covariance.
+
+    ridge: of the covariance, as a share of its mean variance: with few rows in many dims, the kinds seem further apart
+    than they are.
+    """
+    a, b = these.double(), others.double()
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    apart = torch.cat([a - mean_a, b - mean_b])
+    covariance = apart.mT @ apart / len(apart)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    w = torch.linalg.solve(covariance, mean_a - mean_b)
+    c = -(mean_a + mean_b) @ w / 2 + math.log(len(a) / len(b))
+    return torch.cat([w, c[None]]).to(these)
+
+
+def _targets(
+    model: Growing,
+    student: tuple[Weights, ...],
+    lessons: Sequence[tuple[tuple[Weights, ...], States | None, Dreams]],
+    levels: range,
+    states: States | None,
+) -> tuple[Tensor, Tensor]:
+    """What the last of some levels receives in the student [n, d], and what these levels answer less than a teacher's
+    [n, v], over the dreams of all lessons."""
+    inputs, targets = [], []
+    for teacher, its_states, part in lessons:
+        theirs = _answered(model, teacher, part.tokens, its_states, levels)
+        mine = _answered(model, student, part.tokens, states, levels)
+        inputs.append(mine.inputs)
+        targets.append(theirs.answers - mine.answers)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+class _Answered(NamedTuple):
+    inputs: Tensor  # [n, d] of the last of some levels
+    answers: Tensor  # [n, v] of all of them together, with their slots
+
+
+def _answered(
+    model: Growing, weights: tuple[Weights, ...], tokens: Tensor, states: States | None, levels: range
+) -> _Answered:
+    """What some levels of one block and their slots add to the stream."""
+    taps: list[Taps] = []
+    model(tokens, None if states is None else states(len(tokens)), weights=weights, taps=taps)
+    blocks = {id(taps[i].outputs[-1]): taps[i].outputs[-1] for i in levels}  # groups of neurons share theirs
+    beside = [read_slots(bank(model, weights, i), taps[i].inputs[0]) for i in levels]
+    total = torch.stack([*blocks.values(), *beside]).sum(0)
+    return _Answered(taps[levels[-1]].inputs[0].flatten(0, -2), total.flatten(0, -2))

@@ -2,20 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
 from nestling.learner import Learner, LifeConfig
 from nestling.learner.fold import Tell
 from nestling.learner.verify import verify_life
+from nestling.levels import Growing
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
+from nestling.sleep import Pair, SleepConfig
 
 from .reading import open_reader
 from .shared import BITS, app, console, print_json, progress
@@ -30,6 +34,8 @@ def new(
     *,
     model: Path | None = None,
     preset: Presets | None = None,
+    slots: int = 0,
+    rank: int = 8,
     config: Annotated[LifeConfig, tyro.conf.OmitArgPrefixes] = LifeConfig(),
     json: bool = False,
 ) -> None:
@@ -39,6 +45,8 @@ def new(
         directory: the life's folder; it must not exist yet.
         model: a model's folder, from `nestling train` or `nestling stack`; what was learned in it goes into the life.
         preset: instead of a model: a configuration with fresh weights.
+        slots: beside each level, for sleep to fill; without any, a life cannot sleep.
+        rank: of each slot.
         config: how the life is kept.
         json: print what was begun as JSON.
     """
@@ -52,6 +60,9 @@ def new(
     else:
         assert preset is not None
         of = Decoder(preset_config(preset), seed=config.seed)
+    if slots:
+        of = Growing(of, slots, rank)
+        birth = None if birth is None else birth._replace(levels=of.grown(birth.levels))
     with Learner.create(directory, of, config=config, birth=birth) as life:
         told = {"folder": str(directory), "model": life.model_hash, "position": int(life.state.reading.position)}
     _say(told, json, f"{directory}: a life of model {told['model']} begins")
@@ -97,6 +108,44 @@ def _sources(sources: dict[str, dict[str, Any]]) -> Table:
         now = f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else ""
         table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", now, moved, refused, kept)
     return table
+
+
+@app.command(name="sleep")
+def sleep(
+    directory: LifeFolder,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    dreams: int | None = None,
+    json: bool = False,
+) -> None:
+    """Let a life sleep: what its fast levels hold goes to slots of slower ones, by distillation on its own dreams.
+
+    Args:
+        directory: a life that was begun with --slots.
+        steps: of seeding, for each pair of levels.
+        seconds: no longer than this; what is finished then is kept.
+        dreams: texts that the life writes for itself, for each pair.
+        json: print the report as JSON.
+    """
+    config = SleepConfig() if dreams is None else replace(SleepConfig(), dreams=dreams)
+    if steps is not None:
+        config = replace(config, seeding=replace(config.seeding, steps=steps))
+    with Learner.open(directory) as life, progress() as bars:
+        tasks: dict[Pair, TaskID] = {}
+
+        def tell(pair: Pair, done: int, total: int) -> None:
+            if pair not in tasks:
+                tasks[pair] = bars.add_task(f"{pair.fast:,.0f} -> {pair.slow:,.0f}", total=total, note="")
+            bars.update(tasks[pair], completed=done + 1)
+
+        report = life.sleep(config, seconds=seconds, tell=tell)
+        event = life.at
+    if json:
+        pairs = [{**pair._asdict(), "kept": pair.kept} for pair in report.pairs]
+        print_json({"event": event, "pairs": pairs, "slots": report.slots, "tokens": report.tokens})
+        return
+    print(report)
 
 
 @app.command(name="history")

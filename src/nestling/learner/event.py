@@ -11,8 +11,8 @@ from typing import NamedTuple
 BIRTH = 0
 """The id that stands for the beginning of a life, before its first event."""
 
-KINDS = ("learn", "release")
-"""learn: read tokens and learn from them. release: trust a source that was quarantined."""
+KINDS = ("learn", "release", "sleep")
+"""learn: read tokens and learn from them. release: trust a source that was quarantined. sleep: consolidate."""
 
 
 class Event(NamedTuple):

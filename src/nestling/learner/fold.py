@@ -16,6 +16,7 @@ from nestling.memory.state import flatten
 from .event import Event
 from .guards import Guard, Guards, GuardState
 from .machine import flushing
+from .sleeping import again
 
 PART = 4096  # tokens between two calls of `Tell`
 Tell = Callable[[int], None]
@@ -61,6 +62,10 @@ class Fold:
         if event.kind == "release":
             record = state.guard.record(event.source)._replace(quarantined=False, trusted=True)
             return state._replace(guard=state.guard.with_record(event.source, record)), self._done(())
+        if event.kind == "sleep":
+            with flushing():
+                reading, _ = again(self.model, state.reading, bytes(tokens.tolist()))
+            return state._replace(reading=reading), self._done(())
         if event.kind != "learn":
             raise ValueError(f"event {event.id} is a {event.kind!r}, which this version does not know")
         with flushing():

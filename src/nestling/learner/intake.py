@@ -53,7 +53,9 @@ def entries_of(
 
 
 def read_back(content: bytes, event: Event, tokens: Tokens) -> Tensor:
-    """The tokens of an event, from what the journal kept of it."""
+    """The tokens of an event, from what the journal kept of it; of a sleep, its bytes."""
+    if event.kind == "sleep":
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
     if event.encoding == "int32":
         return torch.frombuffer(bytearray(content), dtype=torch.int32).long() if content else torch.zeros(0).long()
     return tokens.encode(content)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nestling.levels import LevelledModel, StackedDecoder
+from nestling.levels import Growing, LevelledModel, StackedDecoder
 from nestling.memory import known
 from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
@@ -78,8 +78,27 @@ def _load_stack(tensors: dict[str, dict[str, Tensor]], about: dict[str, Any]) ->
     return retold(about, "model/config.json").requires_grad_(False)  # type: ignore[return-value]
 
 
+def _growing_contents(model: Growing) -> Contents:
+    """Those of the model inside, and how many slots there are beside its levels: slots are the life's."""
+    inner = dict(kind_of(model.model).contents(model.model))
+    about = json.loads(str(inner["config.json"]))
+    about |= {"kind": "growing", "of": about["kind"], "slots": model.slots, "rank": model.rank}
+    return inner | {"config.json": json.dumps(about, indent=2)}
+
+
+def _load_growing(tensors: dict[str, dict[str, Tensor]], about: dict[str, Any]) -> LevelledModel:
+    inner = known(about["of"], KINDS, "kind of model").load(tensors, about)
+    return Growing(inner, about["slots"], about["rank"])
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(lambda model: isinstance(model, Decoder), _decoder_contents, _load_decoder, _byte_tokens),
+    "growing": Kind(
+        lambda model: isinstance(model, Growing) and any(kind.fits(model.model) for kind in KINDS.values()),
+        _growing_contents,
+        _load_growing,
+        lambda model: kind_of(model.model).tokens(model.model),
+    ),
     "stacked": Kind(lambda model: isinstance(model, StackedDecoder), _stack_contents, _load_stack, tokens_of),
 }
 """Every kind of model that a life can be of; a new one is a row."""

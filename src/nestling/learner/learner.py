@@ -14,6 +14,7 @@ newest good snapshot and the events after it give it back.
 
 import hashlib
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch
 from nestling.levels import LevelledModel, Reader, ReadingState
 from nestling.memory import known
 from nestling.memory.structure import Weights
+from nestling.sleep import SleepConfig, SleepReport, sleep
+from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
 from .about import LifeConfig, check_format, read_about
@@ -37,8 +40,10 @@ from .intake import Given, as_tokens, entries_of, pieces_of, read_back
 from .journal import Entry, Journal
 from .kinds import read_model
 from .lock import take
+from .machine import flushing
 from .pins import FOLDER, pinning
 from .recovery import check_witness, clean, newest_state, way_back
+from .sleeping import SOURCE, Night, growing, night_key
 from .snapshot import Snapshot, list_snapshots, read_snapshot, write_snapshot
 from .telling import Learned
 from .verify import Verified, verify_life
@@ -212,6 +217,26 @@ class Learner:
             raise ValueError(f"{source!r} is not in quarantine")
         self.journal.append([Entry(source, b"", 0, ends=False, kind="release")], self._ordinals)
         self.catch_up()
+
+    def sleep(
+        self, config: SleepConfig | None = None, *, seconds: float | None = None, tell: SleepTell | None = None
+    ) -> SleepReport:
+        """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
+        it is finished, so that a sleep that is cut short has not been. seconds: no pair is begun after so long, and the
+        one that is being seeded stops; what is finished stays, and its steps are what is journaled."""
+        self._writing()
+        self.catch_up()
+        model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
+        config = config or SleepConfig()
+        bound = {} if seconds is None else {"clock": time.monotonic, "seconds": seconds}
+        with flushing():
+            reading, report = sleep(model, self.state.reading, config, key, tell=tell, **bound)  # type: ignore[arg-type]
+        content = Night(config, key, report.steps).write()
+        (event,) = self.journal.append([Entry(SOURCE, content, 0, ends=False, kind="sleep")], self._ordinals)
+        self.state, self.at = self.state._replace(reading=reading), event.id
+        self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
+        self._tokens_since += 1
+        return report
 
     def _writing(self) -> None:
         if not self.write:

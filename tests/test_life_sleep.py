@@ -1,0 +1,85 @@
+"""A sleep is one event of a life."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestling.cli import main
+from nestling.learner import Learner
+from nestling.levels import Growing, level
+from nestling.memory.state import flatten
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import attention
+from nestling.sleep import SeedConfig, SleepConfig
+
+QUICK = SleepConfig(dreams=6, held_out=4, length=12, seeding=replace(SeedConfig(), steps=3), least_recovered=-1e9)
+TEXT = "the quick brown fox jumps over the lazy dog. " * 4
+
+
+def born(folder: Path, slots: int = 3) -> Learner:
+    levels = (level(16, step_size=0.5), level(48, step_size=0.5))
+    model = Decoder(ModelConfig(dim=16, heads=2, blocks=1, mixer=attention(window=24), levels=levels))
+    return Learner.create(folder, Growing(model, slots, 2) if slots else model)
+
+
+def bits(life: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in flatten(life.state.reading).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sleep_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    """With a bound in seconds too: what is journaled is the steps that were done."""
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT, "fox")
+        awake = bits(life)
+        report = life.sleep(QUICK)
+        life.sleep(QUICK, seconds=3600.0)
+        assert any(pair.kept for pair in report.pairs)
+        slept = bits(life)
+        assert not same(awake, slept)
+        life.learn("and on it reads", "more")
+        end, digest = bits(life), life.status()["digest"]
+    with Learner.open(tmp_path / "life") as life:  # the last snapshot is that of birth: all of it is replayed
+        assert same(bits(life), end)
+        assert life.status()["digest"] == digest
+        assert [line["action"] for line in life.history()].count("sleep") == 2
+
+
+def test_a_sleep_is_forgotten_and_forgotten_sources_were_not_dreamt_of(tmp_path: Path) -> None:
+    with born(tmp_path / "never") as life:
+        life.learn(TEXT, "fox")
+        life.sleep(QUICK)
+        never = bits(life)
+    with born(tmp_path / "life") as life:
+        life.learn("another body, of other words. " * 3, "other")
+        life.learn(TEXT, "fox")
+        life.sleep(QUICK)
+        assert not same(bits(life), never)
+        life.forget("other")
+        assert same(bits(life), never), "the same sleep, on what is left"
+        life.forget("sleep")
+        awake = bits(life)
+    with born(tmp_path / "awake") as life:
+        life.learn(TEXT, "fox")
+        assert same(bits(life), awake)
+
+
+def test_a_life_without_slots_cannot_sleep(tmp_path: Path) -> None:
+    with born(tmp_path / "life", slots=0) as life, pytest.raises(ValueError, match="no slots to sleep into"):
+        life.sleep(QUICK)
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    life, text = str(tmp_path / "life"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    assert main(["new", life, "--preset", "tiny", "--slots", "2", "--rank", "2"]) == 0
+    assert main(["learn", life, str(text)]) == 0
+    capsys.readouterr()
+    assert main(["sleep", life, "--steps", "2", "--dreams", "4"]) == 0
+    assert "32 -> 64" in capsys.readouterr().out
+    assert main(["verify", life]) == 0

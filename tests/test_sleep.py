@@ -457,8 +457,8 @@ class TestSeeding:
             apart[share] = distance(model, Views(bare, weights), [Dreams(own, 1)])
         assert apart[1.0] < 0.7 * apart[0.0], str(apart)
 
-    def test_a_rank_that_is_wide_enough_carries_all(self) -> None:
-        """The fast level as a map of low rank, moved into the slot that reads what it read: exactly zero is left."""
+    def test_a_wider_rank_carries_more(self) -> None:
+        """What a linear slot can carry of the fast level by regression alone."""
         model = build(rank=16)
         life = lived(model)
         few = replace(CONFIG, warm_start=True, seeding=replace(SEEDING, steps=0))

@@ -198,7 +198,6 @@ MUTANTS = (
     Mutant(
         "sleep/reservoir.py", "torch.randint(0, seen, (1,)", "torch.randint(0, room, (1,)", "tests/test_sleep_parts.py"
     ),
-    Mutant("sleep/warm_start.py", "reduced_rank(h * opened[:, None], y", "reduced_rank(h, y", "tests/test_sleep.py"),
     Mutant(
         "sleep/dreaming.py",
         "F.cosine_similarity(gradients, wanted[None]",

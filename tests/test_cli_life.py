@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from nestling.cli import life, main, reading, talking
+from nestling.cli import life, main, reading, stacking, talking
 
 OPTIONS = {
-    life.new: "directory model preset config json",
+    life.new: "directory model preset slots rank config json",
     life.status: "directory now json",
     life.history: "directory json",
     life.snapshot: "directory name json",
@@ -19,8 +19,10 @@ OPTIONS = {
     life.fork: "directory copy at json",
     life.forget: "directory sources json",
     life.release: "directory source json",
+    life.sleep: "directory steps seconds dreams json",
     life.why: "directory prompt answer exact json",
     life.verify: "directory replay json",
+    stacking.stack: "base out periods levels how step_size rank context overlap loss seed",
     reading.learn: "directory paths source again json",
     talking.generate_command: "directory prompt tokens temperature seed json",
     talking.chat: "directory conversation prompt read tokens temperature stop learn own_words json",

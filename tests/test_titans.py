@@ -244,7 +244,7 @@ def test_expressions_read_back(expression: Mixer) -> None:
         ("mac(attention())", r"mac reads a memory before it is written, which attention\(\) has none"),
         ("mac(segment=0)", "segment must be at least 1 token, got 0"),
         ("mac(persistent=-1)", "persistent must be at least 0 tokens, got -1"),
-        ("mag(window=0)", "window must be at least 1 token, got 0"),
+        ("mag(window=0)", "window must be at least 1 token, or None, got 0"),
         ("mal(persistent=-2)", "persistent must be at least 0 tokens, got -2"),
     ],
 )

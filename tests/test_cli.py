@@ -102,6 +102,8 @@ def test_bad_model_folders(model: Path, tmp_path: Path, capfd: pytest.CaptureFix
     bad(["train", "--data", str(text), "--out", str(model), *TINY], capfd, "holds a run already", "--resume")
     bad(["train", "--data", str(text), "--out", str(tmp_path / "new"), *TINY, "--resume"], capfd, "nothing to resume")
     bad(["train", "--data", str(text), "--out", str(model), *TINY, "--resume", "--rows", "4"], capfd, "rows was 2")
+    resumed = ["train", "--data", str(text), "--out", str(model), *TINY, "--resume"]
+    bad(resumed, capfd, "--resume: the text of", "differ", str(text), "200 bytes")
     assert not (tmp_path / "new").exists()
 
 

@@ -72,6 +72,22 @@ def test_state_survives_a_file(name):
     assert torch.equal(vector(net), vector(copied_net))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_states_are_written_where_they_lie(name):
+    """As torch's optimizers do: no fresh tensors at every step, and none that two names share."""
+    net = small_net()
+    optimizer = make(name, net, lr=0.01)
+
+    def places() -> list[int]:
+        return [t.data_ptr() for parameter in net.parameters() for t in optimizer.state[parameter].values()]
+
+    train(net, optimizer, [0])
+    begun = places()
+    assert len(set(begun)) == len(begun)
+    train(net, optimizer, [1, 2, 3])
+    assert places() == begun
+
+
 def test_counters_are_not_rounded_on_loading():
     """bfloat16 has no 301; torch casts what it loads to the parameter's dtype."""
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))

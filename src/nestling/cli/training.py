@@ -4,7 +4,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -12,7 +12,7 @@ import tyro
 from nestling.learner import newest
 from nestling.models import Decoder, ModelConfig, preset
 from nestling.models.data import from_data, to_data
-from nestling.train import Stream, TrainConfig, Trainer, load_run, read_documents, save_run
+from nestling.train import Stream, TrainConfig, Trainer, digest, load_run, read_documents, save_run
 
 from .shared import BITS, console, progress, registry
 
@@ -78,13 +78,13 @@ def run_training(
     stream = Stream.of(
         documents, rows=config.rows, length=config.length, reset_share=config.reset_share, seed=config.seed
     )
+    text = {"data": [str(path) for path in data], "bytes": sum(map(len, documents)), "sha256": digest(documents)}
     if resume:
-        _check_same(out, model_config, config)
+        _check_same(out, model_config, config, text)
     trainer = Trainer(Decoder(model_config, seed=config.seed), config)
     if resume:
         for difference in load_run(out, trainer):
             console.print(f"[yellow]this machine differs, the run will not go on bit for bit: {difference}[/]")
-    run = {"data": [str(path) for path in data], "bytes": sum(map(len, documents))}
     out.mkdir(parents=True, exist_ok=True)
     with progress() as bars, open(out / "metrics.jsonl", "a") as log:
         task = bars.add_task("training", total=config.steps, completed=trainer.step, note="")
@@ -94,11 +94,11 @@ def run_training(
             bars.update(task, completed=trainer.step, note=f"{report.loss * BITS:.3f} bits/byte")
             if trainer.step % checkpoint_every == 0 or trainer.step == config.steps:
                 log.flush()
-                save_run(out, trainer, run)
+                save_run(out, trainer, text)
     console.print(f"{out}: {trainer.step} steps, {trainer.step * config.rows * config.length:,} tokens")
 
 
-def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig) -> None:
+def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig, text: dict[str, Any]) -> None:
     folder = newest(out / "train")
     assert folder is not None
     saved = json.loads((folder / "config.json").read_text())
@@ -107,6 +107,10 @@ def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig) -> No
             was = saved[name].get(key)
             if was != value and not (name == "train" and key == "steps"):
                 raise ValueError(f"--resume: {key} was {was!r} in {out}, and is {value!r} now; a run goes on unchanged")
+    was = saved["run"]
+    if was.get("sha256", text["sha256"]) != text["sha256"]:  # runs begun before it was kept have none
+        told = " and ".join(f"{', '.join(t['data'])} ({t['bytes']:,} bytes, {t['sha256'][:8]})" for t in (was, text))
+        raise ValueError(f"--resume: the text of {out} and this one differ: {told}; a run goes on with its own text")
 
 
 def _base_words(arguments: list[str]) -> dict[str, str]:

@@ -220,9 +220,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _start(self, rule: Rule, weight: Tensor, parameter: Tensor) -> Any:
         """The rule's state for one parameter seen as `weight`, begun or as it was left."""
+        if not self.state[parameter]:  # begun whole, before any work is done between its tensors
+            self._keep(parameter, weight, _apart(rule.init(weight.detach())))
         stored = self.state[parameter]
-        if not stored:
-            return clone(rule.init(weight.detach()))  # parts may share tensors there, and share none here
         form, shapes = self._form(rule, weight)
         flat = {name: local(tensor).reshape(shapes[name]) for name, tensor in stored.items() if name in shapes}
         return unflatten(form, flat)
@@ -238,13 +238,23 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.forms[key] = made, {name: tensor.shape for name, tensor in flatten(made).items()}
         return self.forms[key]
 
-    def _keep(self, parameter: Tensor, weight: Tensor, state: Any) -> None:
-        """The state under flat names; what has the weight's shape takes the parameter's, and what is the parameter
-        itself, about to be written over, is copied."""
-        kept, part = {}, local(parameter)
+    def _keep(self, parameter: Tensor, weight: Tensor, state: Any, *, in_place: bool = True) -> None:
+        """The state under flat names; what has the weight's shape takes the parameter's. Written into the tensors that
+        are there: fresh ones at every step leave the heap in holes. What is one of those, or the parameter itself,
+        which is about to be written over, is copied first."""
+        kept, part, before = {}, local(parameter), self.state[parameter]
+        taken = {local(tensor).data_ptr() for tensor in before.values()} | {part.data_ptr()}
         for name, tensor in flatten(state).items():
-            own = tensor.clone() if tensor.data_ptr() == part.data_ptr() else tensor
-            kept[name] = like(own.view(part.shape), parameter) if own.shape == weight.shape else own
+            shape, old = part.shape if tensor.shape == weight.shape else tensor.shape, before.get(name)
+            if old is not None and local(old).data_ptr() == tensor.data_ptr():
+                kept[name] = old
+                continue
+            own = (tensor.clone() if tensor.data_ptr() in taken else tensor).view(shape)
+            kept[name] = like(own, parameter) if tensor.shape == weight.shape else own
+        for name, old in before.items():
+            if in_place and name in kept and kept[name] is not old and kept[name].dtype == old.dtype:
+                local(old).copy_(local(kept[name]))
+                kept[name] = old
         self.state[parameter] = kept
 
     def _gradient(self, parameter: Tensor, weight: Tensor, group: dict[str, Any]) -> Gradient:
@@ -274,7 +284,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             stepped, state = self._compiled(rule)(torch.stack(weights), gradient, before, gates)
             after, left = list(stepped.unbind(0)), _unstack(state, len(members))
         for parameter, part, weight, new, kept in zip(members, parts, weights, after, left, strict=True):
-            self._keep(parameter, weight, kept)
+            self._keep(parameter, weight, kept, in_place=not group["differentiable"])
             part.copy_(new.view_as(part))
 
     def _step_sharded(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
@@ -343,6 +353,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if not value.is_floating_point():
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
+
+
+def _apart(state: Any) -> Any:
+    """A state whose tensors share no memory: what comes a second time, or is part of a larger one, is copied."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensor = tensor if alone and tensor.data_ptr() not in seen else tensor.clone()
+        seen.add(tensor.data_ptr())
+        return tensor
+
+    return map_tensors(own, state)
 
 
 def _leaves(state: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Pre-training over contiguous streams of bytes."""
 
 from .checkpoint import load_run, save_run
-from .data import Batch, Stream, named_documents, read_documents
+from .data import Batch, Stream, digest, named_documents, read_documents
 from .loop import LevelClock, StepReport, TrainConfig, Trainer, train
 from .outer import OnClocks
 
@@ -13,6 +13,7 @@ __all__ = [
     "Stream",
     "TrainConfig",
     "Trainer",
+    "digest",
     "load_run",
     "named_documents",
     "read_documents",

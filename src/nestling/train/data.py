@@ -1,5 +1,6 @@
 """Text as contiguous streams of bytes: row b of batch n + 1 continues row b of batch n."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,14 @@ class Stream:
 def read_documents(paths: Sequence[Path | str]) -> list[bytes]:
     """The texts of `named_documents`."""
     return [document for _, document in named_documents(paths)]
+
+
+def digest(documents: Sequence[bytes]) -> str:
+    """A SHA-256 of the documents and of where each begins, in hex: equal texts in equal order, equal digests."""
+    whole = hashlib.sha256()
+    for document in documents:
+        whole.update(hashlib.sha256(document).digest())
+    return whole.hexdigest()
 
 
 def named_documents(paths: Sequence[Path | str]) -> list[tuple[str, bytes]]:

@@ -345,14 +345,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._keep(parameter, row, _joined(state, after, 2))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype."""
+        """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype, and what is
+        loaded is not shared with the optimizer that it came from, whose steps would write into it."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if not value.is_floating_point():
-                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+                own = self.state[parameter][name] if value.is_floating_point() else value.detach().to(parameter.device)
+                self.state[parameter][name] = own.clone() if local(own).data_ptr() == local(value).data_ptr() else own
 
 
 def _apart(state: Any) -> Any:

@@ -31,6 +31,10 @@ class _more(Gating, abstract=True):
         return self.of.by_channel
 
     @property
+    def placed(self) -> bool:  # type: ignore[override]
+        return self.of.placed
+
+    @property
     def tells(self) -> Names:  # type: ignore[override]
         return (*self.of.tells, self.name)
 
@@ -68,6 +72,9 @@ class MoreGates(GatingModule):
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
         return self.inner.choose(raw[..., : -len(self.told.bias)], bound)
+
+    def placed(self, gates: Gates, place: Tensor) -> Gates:
+        return self.inner.placed(gates, place)
 
     def more(self, raw: Tensor) -> dict[str, Tensor]:
         rest, own = raw.split([raw.shape[-1] - len(self.told.bias), len(self.told.bias)], -1)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from nestling.memory.retention import decay_to_anchor
 from nestling.memory.rule import Gates, retain
 
-from .gating import GATES, Gating, GatingModule, Names, positive, sigmoid_gates
+from .gating import GATES, GatingModule, Names, around, positive
 from .scan import Memory
 
 
 @dataclass(frozen=True, repr=False)
-class averaged_gates(Gating):
+class averaged_gates(around):
     """step size p_i eta_i, retention p_i / p_{i-1} of what `of` keeps, at place i = 1 .. `chunk` of a chunk::
 
         W_i = W_c - p_i sum_{j<=i} eta_j g_j,    p_i = exp(s_i) / i, s learned and 0 at the start
@@ -23,24 +23,11 @@ class averaged_gates(Gating):
     averaged, its steps go up to 1. Oracle: tests/test_averaged_gates.py.
     """
 
-    of: Gating = sigmoid_gates()
     chunk: int = 16
     placed = True
 
     def __post_init__(self) -> None:
         positive(self, "chunk")
-
-    @property
-    def momentum(self) -> bool:  # type: ignore[override]
-        return self.of.momentum
-
-    @property
-    def by_channel(self) -> bool:  # type: ignore[override]
-        return self.of.by_channel
-
-    @property
-    def tells(self) -> Names:  # type: ignore[override]
-        return self.of.tells
 
     def fits(self, memory: Memory) -> None:
         self.of.fits(memory)

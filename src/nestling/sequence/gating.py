@@ -150,6 +150,29 @@ class SigmoidGates(nn.Linear, GatingModule):
         )
 
 
+@dataclass(frozen=True, repr=False)
+class around(Gating, abstract=True):
+    """Gates around those `of` a kind."""
+
+    of: Gating = sigmoid_gates()
+
+    @property
+    def momentum(self) -> bool:  # type: ignore[override]
+        return self.of.momentum
+
+    @property
+    def by_channel(self) -> bool:  # type: ignore[override]
+        return self.of.by_channel
+
+    @property
+    def tells(self) -> Names:  # type: ignore[override]
+        return self.of.tells
+
+    @property
+    def placed(self) -> bool:  # type: ignore[override]
+        return self.of.placed
+
+
 class NoGates(GatingModule):
     """Of a rule that looks at none."""
 

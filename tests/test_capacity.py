@@ -103,7 +103,7 @@ def test_many_keys_at_random_are_told_apart_better_by_linear_attention() -> None
 
 
 def test_a_deep_memory_holds_more_than_any_matrix() -> None:
-    """16 pairs of 8 numbers, in 12 passes: less than half the error of the best matrix there is. One pass is not enough."""
+    """16 pairs of 8 numbers, 12 passes: under half the error of the best matrix there is. One pass is not enough."""
     drawn = draw(16, 8, 6)
     best = drawn.keys @ torch.linalg.pinv(drawn.keys) @ drawn.values  # least squares
     deep = Memory(mlp(expansion=4.0, residual=False), l2(), normalize(clip()), 1)

@@ -105,6 +105,12 @@ MUTANTS = (
     Mutant("sequence/fused.py", "after.add_(start)", "after.add_(0.0)", "tests/test_fused.py"),
     Mutant("sequence/elementwise.py", "d_x[:, :back] += d_head[:, back:]", "pass", "tests/test_elementwise.py"),
     Mutant(
+        "sequence/elementwise.py", "by_head, mean, value=-1.0", "by_head, mean, value=1.0", "tests/test_elementwise.py"
+    ),
+    Mutant("sequence/averaged_gates.py", "share.diff()", "0.0 * share.diff()", "tests/test_averaged_gates.py"),
+    Mutant("memory/retention.py", "return weight, weight", "return weight, start", "tests/test_averaged_gates.py"),
+    Mutant("sequence/layout.py", "- last + self.phase[0]", "- last", "tests/test_averaged_gates.py"),
+    Mutant(
         "sequence/stepped.py",
         "Gates(mean, momentum / some, log_retention)",
         "Gates(mean, momentum / some, 0.0)",

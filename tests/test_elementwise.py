@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from nestling.sequence import elementwise
-from nestling.sequence.elementwise import Convolve, Heads, Unit
+from nestling.sequence.elementwise import Convolve, Gated, Heads, Unit
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -19,6 +19,11 @@ def convolution(tail: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(torch.cat([tail, x], 1).mT, weight[:, None], groups=x.shape[-1]).mT
 
 
+def gated(y: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    normed = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return torch.cat(list(normed.unbind(1)), -1) * weight * gate / (1 + torch.exp(-gate))
+
+
 CASES = {
     "convolve": (Convolve, convolution, (normal(3, 3, 2, seed=0), normal(3, 6, 2, seed=1), normal(2, 4, seed=2))),
     "convolve, fewer than its taps": (
@@ -28,6 +33,7 @@ CASES = {
     ),
     "heads": (Heads, Heads.plain, (normal(3, 5, 12, seed=0), 3, 2)),
     "heads, none of norm one": (Heads, Heads.plain, (normal(3, 5, 12, seed=0), 3, 0)),
+    "gated": (Gated, gated, (normal(3, 2, 5, 4, seed=0), normal(3, 5, 8, seed=1), normal(8, seed=2))),
     "unit": (Unit, lambda x: F.normalize(x, dim=-1), (normal(3, 5, seed=0),)),
 }
 

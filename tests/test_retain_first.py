@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nestling.checks.options import variants
 from nestling.memory import (
     Gates,
     Rule,
@@ -144,6 +145,16 @@ def test_frozen_gradients_stay_where_they_were_frozen(way: Any) -> None:
 
     memory = Memory(matrix(), l2(), retain_first(decay(), delta_gradient_descent()), 8, way=way)
     compare(draw(21, False), by_memory(memory), by_head(naive))
+
+
+def test_a_frozen_gradient_that_erases_nothing_is_the_same_before_and_after_a_decay() -> None:
+    inputs, rules = draw(21, False).values(), [keeper(decay(), gradient_descent()) for keeper in (retain, retain_first)]
+    runs = [by_memory(Memory(matrix(), l2(), rule, 8))(*inputs) for rule in rules]
+    for mine, theirs in zip(*runs, strict=True):
+        assert torch.equal(mine, theirs)
+    for at, judged in (("chunk", False), ("token", True)):
+        others = variants(Memory(matrix(), l2(), rules[0], 8, at))  # type: ignore[arg-type]
+        assert any(isinstance(other.value, retain_first) for other in others if other.path == "rule") is judged
 
 
 def test_normalize_at_every_token_is_the_implicit_step() -> None:

@@ -294,7 +294,7 @@ def test_what_is_done_where_a_chunk_opens_needs_chunks():
     rule = retain(row_norm(each="chunk"))
     with pytest.raises(ValueError, match="has no chunks"):
         Memory(matrix(), dot(), rule, 16, "token")
-    with pytest.raises(ValueError, match=r"every\(4, .*use each='write'"):
+    with pytest.raises(ValueError, match=r"every\(4, .*no chunks to open"):
         every(4, rule)
     with pytest.raises(ValueError, match="an optimizer has no chunks"):
         to_optimizer(rule, nn.Linear(2, 2).parameters())

@@ -132,7 +132,7 @@ def test_rows_of_lact_keep_their_length():
             "is for matrix",
         ),
         (lambda: comba_streams(kda_gates()), "has one retention a head"),
-        (lambda: mesa_streams(bound_gates()), "no window, bound or maps"),
+        (lambda: mesa_streams(bound_gates()), "no window, bound, maps or chunk"),
         (lambda: mesa_streams(iterations=0), "iterations must be at least 1"),
         (lambda: mesa_streams(ridge=1.0), "ridge must be between 0 and 1"),
         (lambda: delta_product_streams(steps=1), "steps must be at least 2"),

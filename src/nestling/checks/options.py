@@ -20,6 +20,7 @@ from nestling.memory import (
     momentum,
     odd_power,
     retain,
+    retain_first,
     slow_down,
     value_shift,
 )
@@ -132,6 +133,8 @@ def variants(part: Any, path: str = "") -> Iterator[Variant]:
         for other in _others(kinds[name], value):
             if isinstance(other, value_shift) and any(isinstance(p, clip) for p in _parts(part)):
                 continue  # it makes errors longer, and the clip makes them as long as before
+            if {type(value), type(other)} == {retain, retain_first} and not getattr(part, "exact", True):
+                continue  # a gradient that is frozen is the same before and after a decay
             same = name == "way" and "stepped" not in (value, other)  # two ways to the same numbers
             yield from _replaced(part, path + name, name, Variant("", other, other, number, neutral or same))
         if isinstance(value, Part):

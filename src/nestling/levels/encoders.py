@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .continuum import Taps
 from .losses import masked_tokens, seen_classes
-from .reading import ReadOut, awake, constant, moved, next_cut
+from .reading import ReadOut, awake, constant, moved, next_cut, read_out
 from .stacking import StackedEncoder
 from .writing import LevelsState, begin, write
 
@@ -62,15 +62,15 @@ class MaskedReader:
             nll.append(losses)
             rows.append(row)
             tokens, start = tokens[size:], start + size
-        return MaskedState(levels, torch.tensor(start + tokens.numel()), tokens), self._told(levels, nll, rows)
+        return MaskedState(levels, torch.tensor(start + tokens.numel()), tokens), read_out(levels, nll, rows)
 
     def end_document(self, state: MaskedState) -> tuple[MaskedState, ReadOut]:
         """The document ends here: what is open is read as a piece of its own."""
         if not state.segment.numel():
-            return state, self._told(state.levels, [], [])
+            return state, read_out(state.levels, [], [])
         start = int(state.position) - state.segment.numel()
         levels, losses, row = self._piece(state.levels, state.segment, start)
-        return MaskedState(levels, state.position, state.segment[:0]), self._told(levels, [losses], [row])
+        return MaskedState(levels, state.position, state.segment[:0]), read_out(levels, [losses], [row])
 
     def _piece(self, levels: LevelsState, tokens: Tensor, start: int) -> tuple[LevelsState, Tensor, Tensor]:
         told = self.model.config.loss
@@ -85,11 +85,6 @@ class MaskedReader:
         nll = losses.new_full(tokens.shape, torch.nan)
         nll[hidden] = losses
         return after, nll, moved(levels, after, start + tokens.numel())
-
-    def _told(self, levels: LevelsState, nll: list[Tensor], rows: list[Tensor]) -> ReadOut:
-        none = levels.weights[0][0].new_zeros(0)
-        table = torch.stack(rows) if rows else torch.zeros(0, 1 + len(levels.weights), dtype=torch.float64)
-        return ReadOut(torch.cat(nll) if nll else none, table)
 
 
 class ExampleState(NamedTuple):

@@ -65,6 +65,12 @@ class ReadOut(NamedTuple):
     moved: Tensor
 
 
+def read_out(levels: LevelsState, nll: list[Tensor], rows: list[Tensor]) -> ReadOut:
+    """The `ReadOut` of parts: nats of tokens, and a row of `moved` for each cut. Of either there may be none."""
+    table = torch.stack(rows) if rows else torch.zeros(0, 1 + len(levels.weights), dtype=torch.float64)
+    return ReadOut(torch.cat(nll) if nll else levels.weights[0][0].new_zeros(0), table)
+
+
 def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
     """The first cut after `position`: the next multiple of the segment length or of a period."""
     steps = [segment, *(int(period) for period in periods if period != math.inf)]
@@ -139,10 +145,7 @@ class Reader:
             part, tokens = tokens[:due], tokens[due:]
             state, losses = self._predict(state, part)
             nll.append(losses)
-        width = 1 + len(self.model.levels)
-        table = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
-        losses = torch.cat(nll) if nll else state.levels.weights[0][0].new_zeros(0)
-        return state, ReadOut(losses, table)
+        return state, read_out(state.levels, nll, rows)
 
     def end_document(self, state: ReadingState) -> tuple[ReadingState, ReadOut]:
         """The document ends here: what is open is learned (its last token has no successor and teaches nothing),
@@ -153,9 +156,7 @@ class Reader:
             rows.append(moved(state.levels, levels, int(state.position)))
             state = state._replace(levels=levels)
         begun = self.begin(state.levels)
-        width = 1 + len(self.model.levels)
-        table = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
-        return begun._replace(position=state.position), ReadOut(begun.logits.new_zeros(0), table)
+        return begun._replace(position=state.position), read_out(state.levels, [], rows)
 
     def settle(self, state: ReadingState) -> ReadingState:
         """What is open is learned now, and the document goes on. The prediction of its next token teaches nothing."""

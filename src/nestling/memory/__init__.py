@@ -28,7 +28,18 @@ from .orthogonal import (
     unit_rms,
 )
 from .part import Part, all_variants, known, parse
-from .retention import Retention, decay, decay_to_start, elastic_net, elastic_net_ftrl, kl, lq, row_norm, sigmoid
+from .retention import (
+    Retention,
+    decay,
+    decay_to_anchor,
+    decay_to_start,
+    elastic_net,
+    elastic_net_ftrl,
+    kl,
+    lq,
+    row_norm,
+    sigmoid,
+)
 from .rule import (
     Gates,
     Gradient,
@@ -75,6 +86,7 @@ __all__ = [
     "clip",
     "dampen",
     "decay",
+    "decay_to_anchor",
     "decay_to_start",
     "delta_gradient_descent",
     "delta_momentum",

@@ -78,7 +78,7 @@ class gradient_memory(_remembering):
         if self.form not in ("units", "ones"):
             raise ValueError(f"{name}: form must be 'units' or 'ones', got {self.form!r}")
         if self.rule.reopens:
-            raise ValueError(f"{name}: {self.rule} changes weights where a chunk opens, and a step has no chunks")
+            raise ValueError(f"{name}: {self.rule} acts where a chunk opens, and a step has no chunks")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]

@@ -78,6 +78,27 @@ def naive_miras(
     return Run(torch.stack(reads), standing)
 
 
+def naive_anchored(
+    memory: Function, slope: Slope, standing: Maps, flow: Flow, *, chunk: int, read: Literal["after", "boundary"]
+) -> Run:
+    """W_t = W_c - sum over the chunk's j <= t of (prod_{j<l<=t} a_l) eta_j grad loss(W_c; k_j, v_j), W_c the weights on
+    which the chunk opened; y_t = M(q_t) at W_t, or at W_c. With a_l = p_l / p_{l-1} and eta_j = p_j n_j it is
+    W_c - p_t sum_j n_j grad_j: TTT (2407.04620), whose p is 1/i.
+    """
+    reads = []
+    for first in range(0, len(flow.keys), chunk):
+        opened, tokens = standing, range(first, min(first + chunk, len(flow.keys)))
+        gradients = {t: _gradient(memory, slope, opened, flow.keys[t], flow.values[t]) for t in tokens}
+        for t in tokens:
+            left = {j: flow.step_size[j] * flow.retention[j + 1 : t + 1].prod() for j in range(first, t + 1)}
+            standing = tuple(
+                weight - torch.stack([left[j] * gradients[j][i] for j in left]).sum(0)
+                for i, weight in enumerate(opened)
+            )
+            reads.append(memory(standing if read == "after" else opened, flow.queries[t]))
+    return Run(torch.stack(reads), standing)
+
+
 def _gradient(memory: Function, slope: Slope, weights: Maps, key: Tensor, value: Tensor) -> Maps:
     """The gradient of the loss by the weights, with a graph; a smoothed slope goes in place of the loss's own."""
     with torch.enable_grad():

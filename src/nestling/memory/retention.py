@@ -16,8 +16,8 @@ class Retention(Part, family=True):
 
     remembers_start: it is given the weight at the document's start; returns: what is forgotten goes back to that.
     exposes: what is kept and written to is an accumulator, and the memory answers with another weight that is made of
-    it. settles: the weight is changed once more after each write; then no chunk can be written at once. reopens: it is
-    so changed where a chunk opens only.
+    it. settles: the weight is changed once more after each write; then no chunk can be written at once. reopens: it
+    acts where a chunk opens.
     """
 
     remembers_start: ClassVar[bool] = False
@@ -44,6 +44,10 @@ class Retention(Part, family=True):
     def settle(self, weight: Tensor, start: Tensor | None, step_size: Tensor | float) -> Tensor:
         """The weight after a write (or a chunk of them), from what was kept and written together."""
         return weight
+
+    def reopen(self, weight: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight with which a chunk opens, and what is remembered as the start, from those the last chunk left."""
+        return weight, start
 
 
 class _decaying(Retention, abstract=True):
@@ -79,6 +83,27 @@ class decay_to_start(Retention):
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
         assert start is not None
         return torch.lerp(start, weight, _fraction(log_retention))
+
+
+@dataclass(frozen=True, repr=False)
+class decay_to_anchor(Retention):
+    """W <- W_c + a (W - W_c), W_c the weights on which the chunk opened: forgetting what this chunk wrote.
+
+    At a = (i - 1) / i and steps of eta / i (`averaged_gates`), token i of a chunk stands at W_c less the mean of the
+    chunk's steps so far: TTT's 1/i (2407.04620). Oracle: `memory.naive_miras.naive_anchored`.
+    """
+
+    remembers_start: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+    returns: ClassVar[bool] = True
+    reopens = True
+
+    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
+        assert start is not None
+        return torch.lerp(start, weight, _fraction(log_retention))
+
+    def reopen(self, weight: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, weight
 
 
 @dataclass(frozen=True, repr=False)
@@ -217,6 +242,9 @@ class row_norm(_decaying):
         assert start is not None
         length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp(min=1e-12)
         return weight * (torch.linalg.vector_norm(start, dim=-1, keepdim=True) / length)
+
+    def reopen(self, weight: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (self.settle(weight, start, 0.0) if self.reopens else weight), start
 
 
 def _soft(weight: Tensor, threshold: Tensor | float) -> Tensor:

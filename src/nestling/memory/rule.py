@@ -38,7 +38,7 @@ class Rule(Part, family=True):
     scales_buffer: bool = False  # a step size outside of a momentum
     exposes: bool = False  # what is stepped is an accumulator, and the memory answers with what is made of it
     elementwise: bool = False  # no entry of a weight looks at another: it may be cut and joined at will
-    reopens: bool = False  # the weight is changed where a chunk opens
+    reopens: bool = False  # it acts where a chunk opens
 
     def init(self, weight: Tensor) -> State:
         """The state before the first step, for a weight [..., out, in]."""
@@ -73,9 +73,9 @@ class Rule(Part, family=True):
         """What is stepped, for a start weight: see `Retention.conceal`."""
         return weight
 
-    def reopen(self, weight: Tensor, state: State) -> Tensor:
-        """The weight with which a chunk opens, from that which the one before it left."""
-        return weight
+    def reopen(self, weight: Tensor, state: State) -> tuple[Tensor, State]:
+        """The weight and the state with which a chunk opens, from those that the one before it left."""
+        return weight, state
 
 
 class Additive(Rule, abstract=True):
@@ -440,8 +440,9 @@ class _keeper(Additive, abstract=True):
     def reopens(self) -> bool:  # type: ignore[override]
         return self.retention.reopens
 
-    def reopen(self, weight: Tensor, state: State) -> Tensor:
-        return self.retention.settle(weight, state.start, 0.0) if self.reopens else weight
+    def reopen(self, weight: Tensor, state: State) -> tuple[Tensor, State]:
+        weight, start = self.retention.reopen(weight, state.start)
+        return weight, state._replace(start=start)
 
     def keep(self, weight: Tensor, state: State, gates: Gates) -> Tensor:
         if not isinstance(gates.log_retention, Tensor) or gates.log_retention.dim() < weight.dim() - 1:
@@ -559,7 +560,7 @@ class every(Rule):
         if self.of.needs_pairs:
             raise ValueError(f"every({self.period}, {self.of!r}): a clock keeps the sum of a period, and not its pairs")
         if self.of.reopens:
-            raise ValueError(f"every({self.period}, {self.of!r}): a clock's steps have no chunks; use each='write'")
+            raise ValueError(f"every({self.period}, {self.of!r}): a clock's steps have no chunks to open")
 
     @property
     def needs_inputs(self) -> bool:  # type: ignore[override]

@@ -67,7 +67,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
         if rule.reopens:
-            raise ValueError(f"{rule} changes weights where a chunk opens, and an optimizer has no chunks")
+            raise ValueError(f"{rule} acts where a chunk opens, and an optimizer has no chunks")
         if isinstance(rule, retain_first):
             raise ValueError(f"{rule} takes its gradient at decayed weights, torch took it before; use retain(...)")
         self.rule = rule

@@ -1,6 +1,7 @@
 """Sequence layers: a memory run over tokens, recurrently or a chunk at a time."""
 
 from .attention import SlidingAttention, attention
+from .averaged_gates import averaged_gates
 from .caching import Caching, CachingState, caching
 from .context import ContextState, MemoryAsContext, mac
 from .gating import (
@@ -84,6 +85,7 @@ __all__ = [
     "Streams",
     "TitansState",
     "attention",
+    "averaged_gates",
     "bare",
     "beside",
     "bound_gates",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 ELEMENTS = 2**18  # of one tensor at a time: 1 MB
 LEAST_NORM = 1e-12
+LEAST_SQUARE = 1e-6  # beside a mean square
 
 
 def again(plain: Callable[..., Tensor], given: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
@@ -158,3 +159,46 @@ def _unit_backward(g: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return Unit.apply(x)
+
+
+class Gated(Function):
+    """y [b, n, t, k], gate [b, t, n k], weight [n k] -> (y / its root mean square) * weight * SiLU(gate) [b, t, n k]:
+    an RMS norm by head and a gate, of which what came in is kept and no more."""
+
+    @staticmethod
+    def plain(y: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        normed = F.rms_norm(y, y.shape[-1:], eps=LEAST_SQUARE).transpose(1, 2).flatten(-2)
+        return normed * weight * F.silu(gate)
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        inverse, said = y.new_empty(*y.shape[:-1], 1), torch.empty_like(gate)
+        for part, inv, raw, out in few(y, inverse, gate, said):
+            inv.copy_(part.square().mean(-1, keepdim=True).add_(LEAST_SQUARE).rsqrt_())
+            torch.mul(part, inv, out=_by_head(out, y.shape[1]))
+            out.mul_(F.silu(raw).mul_(weight))
+        ctx.save_for_backward(y, inverse, gate, weight)
+        return said
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        g = grads[0].contiguous()
+        y, inverse, gate, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return again(Gated.plain, (y, gate, weight), g)
+        d_y, d_gate, d_weight = torch.empty_like(y), torch.empty_like(gate), torch.zeros_like(weight)
+        for part, inv, raw, g_part, d_part, d_raw in few(y, inverse, gate, g, d_y, d_gate):
+            opened, normed = F.silu(raw), torch.empty_like(raw)
+            by_head = torch.mul(part, inv, out=_by_head(normed, y.shape[1]))
+            along = g_part * normed
+            d_weight += (along * opened).sum((0, 1))
+            torch.ops.aten.silu_backward.grad_input(along.mul_(weight), raw, grad_input=d_raw)
+            d_normed = _by_head(opened.mul_(g_part).mul_(weight), y.shape[1])
+            mean = (d_normed * by_head).mean(-1, keepdim=True)
+            torch.mul(torch.addcmul(d_normed, by_head, mean, value=-1.0), inv, out=d_part)
+        return d_y, d_gate, d_weight
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[b, t, n k] as [b, n, t, k], the same memory."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -56,6 +56,10 @@ class GatingModule(nn.Module):
         frozen gradients allow; 1 where they are taken at every token."""
         raise NotImplementedError
 
+    def placed(self, gates: Gates, place: Tensor) -> Gates:
+        """The gates [b, h, t] of tokens that stand at these places of their chunks [t], the first at 0."""
+        return gates
+
     def more(self, raw: Tensor) -> dict[str, Tensor]:
         """[b, t, n] -> what else the tokens choose [b, h, t, ...], by the field of `scan.Writes` that it is; a bound as
         so many times that of the bias."""
@@ -73,6 +77,7 @@ class Gating(Part, family=True):
     momentum: bool = False  # is there a gate for it
     by_channel: bool = False  # has every key channel a retention of its own
     tells: Names = ()  # the fields of `scan.Writes` that `GatingModule.more` gives
+    placed: bool = False  # do they depend on a token's place in its chunk
 
     def fits(self, memory: Memory) -> None:
         """Raises ValueError where these gates are not for such a memory."""
@@ -143,6 +148,29 @@ class SigmoidGates(nn.Linear, GatingModule):
             raw.new_zeros(shape) if kept is None else kept.sigmoid(),
             raw.new_zeros(shape) if retention is None else F.logsigmoid(retention),
         )
+
+
+@dataclass(frozen=True, repr=False)
+class around(Gating, abstract=True):
+    """Gates around those `of` a kind."""
+
+    of: Gating = sigmoid_gates()
+
+    @property
+    def momentum(self) -> bool:  # type: ignore[override]
+        return self.of.momentum
+
+    @property
+    def by_channel(self) -> bool:  # type: ignore[override]
+        return self.of.by_channel
+
+    @property
+    def tells(self) -> Names:  # type: ignore[override]
+        return self.of.tells
+
+    @property
+    def placed(self) -> bool:  # type: ignore[override]
+        return self.of.placed
 
 
 class NoGates(GatingModule):

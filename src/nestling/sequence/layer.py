@@ -112,6 +112,7 @@ class SequenceMemory(MixerModule):
             streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads)
             raw = raw.to(self.start[0].dtype)
             chosen = self.gates.choose(raw, self.step_bound)
+            chosen = self.gates.placed(chosen, layout.places(self.memory.chunk))
             told = self.gates.more(raw)
             if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
                 told["bound"] = told["bound"] * self.memory.attentional_bias.bound

@@ -53,6 +53,13 @@ class Layout(NamedTuple):
         found = self.valid[:, piece.start : piece.stop]
         return None if bool(found.all()) else found
 
+    def places(self, chunk: int) -> Tensor:
+        """How far each slot [s] is from where its chunk opened, for one of the chunk sizes."""
+        last = self.pieces[-1].stop
+        if self.valid is None:  # slots begin where the rows stood, all alike
+            return (torch.arange(last, device=self.phase.device) - last + self.phase[0]) % chunk
+        return torch.arange(last, device=self.phase.device) % chunk
+
     def gather(self, y: Tensor) -> Tensor:
         """[b, s, ...] by slot -> [b, t, ...] by token."""
         if self.slot is None:

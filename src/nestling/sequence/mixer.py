@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestling.memory.part import Part
 from nestling.memory.structure import Weights
+
+from .elementwise import Gated
 
 
 class Mixer(Part, family=True):
@@ -82,8 +83,7 @@ class Output(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y [b, h, t, k] and the layer's input x [b, t, d] -> [b, t, d]."""
-        normed = merge_heads(F.rms_norm(y, y.shape[-1:], eps=1e-6)) * self.norm
-        return self.project(normed * F.silu(self.gate(x)))
+        return self.project(Gated.apply(y, self.gate(x).to(y.dtype), self.norm))
 
 
 def step_bound(chunk: int, key_dim: int, safety: float = 1.5) -> float:

@@ -172,9 +172,9 @@ def ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
         return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
 
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, torch.ones_like(flow.retention))
+        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
         how: dict[str, Any] = {"chunk": memory.chunk, "read": memory.read}
-        run = naive_miras.naive_miras(function, lambda read, value, key: read - (value - key), weights, given, **how)
+        run = naive_miras.naive_anchored(function, lambda read, value, key: read - (value - key), weights, given, **how)
         return run.reads, run.standing
 
     return oracle

@@ -11,24 +11,14 @@ from torch.nn import functional as F
 from nestling.memory.attentional_bias import Bounded
 from nestling.memory.rule import Gates
 
-from .gating import GATES, Gating, GatingModule, Names, by_head, positive, sigmoid_gates
+from .gating import GATES, Gating, GatingModule, Names, around, by_head, positive
 from .mixer import linear
 from .scan import Memory
 
 
 @dataclass(frozen=True, repr=False)
-class _more(Gating, abstract=True):
+class _more(around, abstract=True):
     """Gates `of` a kind, and one thing more."""
-
-    of: Gating = sigmoid_gates()
-
-    @property
-    def momentum(self) -> bool:  # type: ignore[override]
-        return self.of.momentum
-
-    @property
-    def by_channel(self) -> bool:  # type: ignore[override]
-        return self.of.by_channel
 
     @property
     def tells(self) -> Names:  # type: ignore[override]
@@ -68,6 +58,9 @@ class MoreGates(GatingModule):
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
         return self.inner.choose(raw[..., : -len(self.told.bias)], bound)
+
+    def placed(self, gates: Gates, place: Tensor) -> Gates:
+        return self.inner.placed(gates, place)
 
     def more(self, raw: Tensor) -> dict[str, Tensor]:
         rest, own = raw.split([raw.shape[-1] - len(self.told.bias), len(self.told.bias)], -1)

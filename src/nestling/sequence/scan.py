@@ -89,7 +89,7 @@ class Memory:
                 "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
             )
         if self.rule.reopens and self.exact:
-            raise ValueError(f"{self.rule} changes weights where a chunk opens; gradient_at='token' has no chunks")
+            raise ValueError(f"{self.rule} acts where a chunk opens; gradient_at='token' has no chunks")
         if self.exact and self.way == "chunked":
             if not self.structure.linear:
                 raise ValueError(
@@ -143,11 +143,13 @@ class Memory:
         if self.way == "stepped":
             maps = zip(state.running, state.rule, strict=True)
             running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk) for pair in maps), strict=True)
-            standing = tuple(rule.of for rule in rules)
+            reopened = (self.rule.reopen(w, rule.of) for w, rule in zip(running, rules, strict=True))
+            running, inner = zip(*reopened, strict=True)
+            rules = tuple(rule._replace(of=s) for rule, s in zip(rules, inner, strict=True))
         else:
-            running, rules = state.running, tuple(self.rule.anchor(s) for s in state.rule)
-            standing = state.rule
-        running = tuple(self.rule.reopen(weight, s) for weight, s in zip(running, standing, strict=True))
+            anchored = (self.rule.anchor(s) for s in state.rule)
+            reopened = (self.rule.reopen(w, s) for w, s in zip(state.running, anchored, strict=True))
+            running, rules = zip(*reopened, strict=True)
         opened = state._replace(anchor=running, running=running, rule=rules)
         return opened if rows is True or bool(rows.all()) else select(rows, opened, state)
 

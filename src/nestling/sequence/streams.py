@@ -123,8 +123,8 @@ class _gated(Streams, abstract=True):
     def __post_init__(self) -> None:
         if self.gating.by_channel:
             raise ValueError(f"{type(self).__name__} has one retention a head, {self.gating} one a channel")
-        if self.gating.tells:
-            raise ValueError(f"{type(self).__name__} has no window, bound or maps for {self.gating}")
+        if self.gating.tells or self.gating.placed:
+            raise ValueError(f"{type(self).__name__} has no window, bound, maps or chunk for {self.gating}")
 
 
 class _Gated(_OneMatrix):

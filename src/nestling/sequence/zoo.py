@@ -16,12 +16,13 @@ from nestling.memory.compound import features, normed
 from nestling.memory.feature import exponential, polynomial
 from nestling.memory.oja import oja
 from nestling.memory.orthogonal import newton_schulz
-from nestling.memory.retention import decay, kl, row_norm
+from nestling.memory.retention import decay, decay_to_anchor, kl, row_norm
 from nestling.memory.rule import gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
 from . import naive_layers
 from .attention import attention
+from .averaged_gates import averaged_gates
 from .caching import caching
 from .context import mac
 from .gating import fixed_gates, gated_delta_gates, kda_gates, low_rank_gates, mamba2_gates
@@ -46,6 +47,7 @@ def _exact(bias: Any, rule: Any, structure: Any = matrix(), **around: Any) -> se
 
 _DECAYED = retain(decay(), gradient_descent())
 _TITANS = retain(decay(), momentum())
+_AVERAGED = retain(decay_to_anchor(), gradient_descent())
 
 zoo: dict[str, Model] = {
     "lstm": Model(
@@ -246,14 +248,16 @@ zoo: dict[str, Model] = {
         note="gates are one a head; the learned starts are the logits",
     ),
     "ttt_linear": Model(
-        sequence_memory(normed(matrix()), residual_l2(), gradient_descent(), 16),
-        "W_t = W_{t-1} - eta_t d|k_t + LN(W k_t) - v_t|^2/2 /dW at the chunk's first weights",
+        sequence_memory(normed(matrix()), residual_l2(), _AVERAGED, 16, gating=averaged_gates()),
+        "W_i = W_c - 1/i sum_{j<=i} eta_j d|LN(W k_j) - (v_j - k_j)|^2/2 /dW at W_c, the chunk's first weights",
         "Sun et al. 2024 (arXiv 2407.04620)",
         ttt(lambda w, k: w[0] @ k),
-        note="LN without a scale, no bias, steps as the layer chooses them",
+        note="LN without a scale, no bias; 1/i, times a learned exp(s_i), in tests/test_averaged_gates.py",
     ),
     "ttt_mlp": Model(
-        sequence_memory(normed(mlp(residual=False, expansion=4.0)), residual_l2(), gradient_descent(), 16),
+        sequence_memory(
+            normed(mlp(residual=False, expansion=4.0)), residual_l2(), _AVERAGED, 16, gating=averaged_gates()
+        ),
         "as ttt_linear, W k replaced by W_2 GELU(W_1 k)",
         "Sun et al. 2024",
         ttt(lambda w, k: w[1] @ F.gelu(w[0] @ k)),

@@ -203,11 +203,21 @@ def test_a_context_without_overlap_is_windows_read_afresh(layout: str) -> None:
     naive = DECODERS[layout]().double()
     expected = torch.cat([naive(part[None]).logits[0] for part in TEXT.split(16)])
     torch.testing.assert_close(model(TEXT[None])[0][0], expected, rtol=0, atol=1e-12)
-    state = model.init_state(1)
-    assert state.keys[0].shape[2] == 16
-    assert {tensor.shape for tensor in flatten(model(TEXT[None])[1]).values()} == {
-        tensor.shape for tensor in flatten(state).values()
-    }
+    assert {keys.shape[2] for keys in model.init_state(1).keys} == {0}
+    state = model(TEXT[None])[1]
+    assert {slots.shape[2] for slots in (*state.keys, *state.values)} == {state.valid.shape[1]} == {len(TEXT) % 16}
+
+
+def test_empty_slots_after_those_that_are_used_say_nothing() -> None:
+    """As lives of an older version have them: a cache as long as the context."""
+    model = stack(DECODERS["llama"]().double(), [4], context=32)
+    state = model(TEXT[None, :10])[1]
+    room = tuple(tuple(F.pad(each, (0, 0, 0, 22), value=9.0) for each in slots) for slots in (state.keys, state.values))
+    older = state._replace(keys=room[0], values=room[1], valid=F.pad(state.valid, (0, 22)))
+    expected, after = model(TEXT[None, 10:20], state)
+    got, same = model(TEXT[None, 10:20], older)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(flatten(after).values(), flatten(same).values(), strict=True))
 
 
 @pytest.mark.parametrize("layout", sorted(set(DECODERS) - LEARNED_POSITIONS))

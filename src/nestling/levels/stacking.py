@@ -199,11 +199,11 @@ class StackedDecoder(Stacked):
         """An empty cache."""
 
         def room(like: Tensor) -> Tensor:
-            return like.new_zeros(batch, like.shape[1], self.context, like.shape[3])
+            return like.new_zeros(batch, like.shape[1], 0, like.shape[3])
 
         device = self._empty[0][0].device
         none = torch.zeros(batch, dtype=torch.int64, device=device)
-        valid = torch.zeros(batch, self.context, dtype=torch.bool, device=device)
+        valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         keys, values = zip(*((room(key), room(value)) for key, value in self._empty), strict=True)
         return CacheState(keys, values, valid, none, none)
 
@@ -220,11 +220,13 @@ class StackedDecoder(Stacked):
 
         state = self.init_state(tokens.shape[0]) if state is None else state
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        window, held = place(state, valid, self.overlap, self._empty[0][0].dtype)
+        window, held = place(state, valid, self.context, self.overlap, self._empty[0][0].dtype)
         cache, used = DynamicCache(), int(state.used[0])
         for index, (keys, values) in enumerate(zip(state.keys, state.values, strict=True)):
-            if used:
-                cache.update(keys[:, :, :used], values[:, :, :used], index)
+            if used:  # what is held goes in as it is: `update` would copy it, and the call copies it once more
+                cache.update(keys[:, :, :0], values[:, :, :0], index)
+                layer = cache.layers[index]
+                layer.keys, layer.values = keys[:, :, :used], values[:, :, :used]
         options = {"position_ids": window.positions, "attention_mask": window.mask, "past_key_values": cache}
         with self._with(weights, taps) as named:
             out = self._call(named, "__call__", tokens, **options, use_cache=True)

@@ -75,7 +75,7 @@ Accept = Callable[[LevelsState, LevelsState, Tensor, int], LevelsState]
 """(levels before a write, levels after it, loss of its segment in nats, tokens of the segment) -> levels that stand"""
 
 _BLOCK = 2048  # tokens of one forward pass where no cut asks for less
-_CACHED = 1 << 15  # numbers that a processor's cache holds beside others
+_CACHED = 1 << 17  # numbers that a processor's cache holds beside others
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,8 @@ def _squared_distance(old: Tensor, new: Tensor) -> float:
     """Some rows at a time, so that no difference as large as a map is ever written down."""
     rows = max(1, _CACHED // max(1, old.shape[-1]))
     pieces = zip(old.split(rows, -2), new.split(rows, -2), strict=True)
-    return float(sum(torch.linalg.vector_norm(after - before).double().square() for before, after in pieces))
+    norms = torch.stack([torch.linalg.vector_norm(after - before) for before, after in pieces])
+    return float(norms.double().square().sum())
 
 
 def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:

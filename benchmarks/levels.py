@@ -5,6 +5,12 @@
 One model of two blocks (sliding attention or self-modifying Titans, four levels), the same tokens, every case in
 turn; medians of seconds and their ratios, peak memory in processes of their own. Results go to
 benchmarks/results/levels.json.
+
+Peers' unit is the forward pass of a Transformer block, four rows of 1,024 tokens. The nearest peer's update pass steps
+four levels every 8, 32, 128 and 512 positions of four rows, so once in 32 to 2,048 tokens; ours reads one row, with a
+clock that counts tokens: those periods, and 8 to 512 tokens as well. One block, with the levels as four MLPs in a chain
+(as the peer has them), or as the neurons of one MLP of the same width. The update pass is what learning costs above
+reading in the same segments.
 """
 
 import argparse
@@ -23,11 +29,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
-from sequence import DIM, HEADS, TransformerBlock, interleaved, most_kb
+from sequence import DIM, HEADS, LENGTH, TransformerBlock, interleaved, most_kb
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.levels import InContext, Reader, level
+from nestling.levels import InContext, Reader, level, neurons
 from nestling.memory import mlp
 from nestling.memory.state import detach
 from nestling.models import Decoder, ModelConfig
@@ -39,14 +45,20 @@ MIXERS: dict[str, Mixer] = {
     "self_modifying": self_modifying(chunk=64, projection_chunk=64),
 }
 PERIODS = (128, 512, 2048, 8192)
-PEERS = (8, 32, 128, 512)  # of the nearest peer's published block
+PEERS = (8, 32, 128, 512)  # of the nearest peer's published block, in positions of four rows
 ROWS = 8
+SHAPE = mlp(expansion=4, residual=False)
 
 
 def model(mixer: str, periods: tuple[float, ...] = PERIODS, blocks: int = 2) -> Decoder:
-    shape = mlp(expansion=4, residual=False)
-    levels = tuple(level(period, structure=shape, step_size=1e-3) for period in periods)
+    levels = tuple(level(period, structure=SHAPE, step_size=1e-3) for period in periods)
     return Decoder(ModelConfig(dim=DIM, heads=HEADS, blocks=blocks, mixer=MIXERS[mixer], levels=levels))
+
+
+def divided(mixer: str, periods: tuple[float, ...]) -> Decoder:
+    """One block, the levels of which are the neurons of one MLP."""
+    block = neurons(tuple(level(period, structure=SHAPE, step_size=1e-3) for period in periods))
+    return Decoder(ModelConfig(dim=DIM, heads=HEADS, blocks=1, mixer=MIXERS[mixer], levels=(block,)))
 
 
 def text(rows: int, tokens: int) -> Tensor:
@@ -54,10 +66,10 @@ def text(rows: int, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def read(made: Decoder, tokens: Tensor) -> None:
+def read(made: Decoder, tokens: Tensor, segment: int = PERIODS[0]) -> None:
     """The forward pass alone, a segment at a time, as reading does it."""
     state = None
-    for part in tokens.split(int(min(PERIODS)), 1):
+    for part in tokens.split(segment, 1):
         _, state = made(part, state)
 
 
@@ -95,7 +107,7 @@ def in_context(made: Decoder, tokens: Tensor, depth: float, outer: bool) -> None
 def cases(mixer: str, tokens: int) -> dict[str, Callable[[], None]]:
     """All that is timed, over the same number of tokens."""
     one, eight = text(1, tokens), text(ROWS, tokens // ROWS)
-    block, x = TransformerBlock(), torch.randn(1, tokens, DIM)
+    block, x = TransformerBlock(), torch.randn(max(1, tokens // LENGTH), min(tokens, LENGTH), DIM)
 
     def reference() -> None:
         with torch.no_grad():
@@ -105,7 +117,7 @@ def cases(mixer: str, tokens: int) -> dict[str, Callable[[], None]]:
         made = model(mixer, periods)
         return lambda: learn(made, one, segment=128)
 
-    plain, trained, peers = model(mixer), model(mixer), model(mixer, PEERS, blocks=1)
+    plain, trained = model(mixer), model(mixer)
     return {
         "Transformer block, forward": reference,
         "read": lambda: read(plain, one[:, :-1]),
@@ -117,8 +129,19 @@ def cases(mixer: str, tokens: int) -> dict[str, Callable[[], None]]:
         "in context, 8 rows, first order": lambda: in_context(model(mixer), eight, 0, outer=True),
         "in context, 8 rows, through one update": lambda: in_context(model(mixer), eight, 1, outer=True),
         "in context, 8 rows, second order": lambda: in_context(model(mixer), eight, math.inf, outer=True),
-        "learn, one block, periods 8 to 512": lambda: learn(peers, one),
-    }
+    } | in_peers_unit(mixer, one)
+
+
+def in_peers_unit(mixer: str, tokens: Tensor) -> dict[str, Callable[[], None]]:
+    """Reading, and learning while reading, in one block with the peer's periods, in tokens of one row and of four."""
+    made: dict[str, Callable[[], None]] = {}
+    for times in (1, 4):
+        periods = tuple(times * period for period in PEERS)
+        for name, one in {"chain": model(mixer, periods, 1), "neurons": divided(mixer, periods)}.items():
+            about = f"{name}, periods {periods[0]} to {periods[-1]}"
+            made[f"read, {about}"] = lambda one=one, periods=periods: read(one, tokens[:, :-1], periods[0])  # type: ignore[misc]
+            made[f"learn, {about}"] = lambda one=one: learn(one, tokens)  # type: ignore[misc]
+    return made
 
 
 def alone(mixer: str, case: str, tokens: int) -> None:
@@ -148,9 +171,13 @@ def measure(mixer: str, tokens: int, rounds: int) -> dict[str, Any]:
         / seconds["learn, slow levels off"],
         "in context / stream": seconds["in context, 8 rows, no outer gradient"] / context,
         "in context with the outer gradient / stream": seconds["in context, 8 rows, first order"] / context,
-        "one block, periods 8 to 512 / Transformer block's forward": seconds["learn, one block, periods 8 to 512"]
-        / seconds["Transformer block, forward"],
     }
+    unit = seconds["Transformer block, forward"]
+    for name in (
+        name.removeprefix("learn, ") for name in seconds if name.startswith(("learn, chain", "learn, neurons"))
+    ):
+        ratios[f"{name}: learning / peers' unit"] = seconds[f"learn, {name}"] / unit
+        ratios[f"{name}: update pass / peers' unit"] = (seconds[f"learn, {name}"] - seconds[f"read, {name}"]) / unit
     peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if name != "Transformer block, forward"}
     return {"seconds": seconds, "tokens_per_s": {k: tokens / s for k, s in seconds.items()}} | {
         "ratios": ratios,

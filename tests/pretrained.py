@@ -43,9 +43,15 @@ DECODERS = {
     "qwen3": _make("Qwen3", "ForCausalLM", num_key_value_heads=1, head_dim=12),
     "gpt2": _make("GPT2", "LMHeadModel"),
     "gpt_neox": _make("GPTNeoX", "ForCausalLM"),
+    "phi3": _make("Phi3", "ForCausalLM", num_key_value_heads=1),  # gate and up fused
 }
 LEARNED_POSITIONS = {"gpt2"}
-ENCODERS = {
+MIXTURES = {  # experts: alone in a layer, beside a shared one, after dense layers
+    "mixtral": _make("Mixtral", "ForCausalLM", num_key_value_heads=1, num_local_experts=4),
+    "qwen2_moe": _make("Qwen2Moe", "ForCausalLM", num_experts=4, moe_intermediate_size=8),
+    "gpt_oss": _make("GptOss", "ForCausalLM", num_local_experts=4, head_dim=8),
+}
+ENCODERS = {  # MiniLM's are Bert's
     "bert": _make("Bert", "Model"),
     "bert, masked": _make("Bert", "ForMaskedLM"),
     "bert, classes": _make("Bert", "ForSequenceClassification", num_labels=5),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nestling.levels import Reader, level
+from nestling.levels import LevelsState, Reader, level, write
 from nestling.levels.reading import next_cut
 from nestling.memory import clip, decay, delta_gradient_descent, momentum, retain
 from nestling.memory.state import flatten
@@ -149,6 +149,42 @@ def test_reading_leaves_the_model_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, kept[name]) for name, tensor in flatten(start).items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_call_accumulates_it_adds_to_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One accumulator for the segments of a call, and never that of a state which somebody holds."""
+    model, places = build(level(16, rule=momentum()), level(80), mixer=attention(window=32)), []
+
+    def watched(levels, state, loss, taps, own):
+        places.append([rules[0].gradient.data_ptr() for rules in state.rules])
+        return write(levels, state, loss, taps, own=own)
+
+    monkeypatch.setattr("nestling.levels.reading.write", watched)
+    reader = Reader(model)
+    middle, _ = reader.read(reader.begin(), TEXT[:49])
+    held = {name: tensor.clone() for name, tensor in flatten(middle).items()}
+    slow = [place[1] for place in places]
+    assert len(slow) == 3
+    assert len(set(slow[1:])) == 1
+    end, _ = reader.read(middle, TEXT[49:])
+    assert places[3][1] == middle.levels.rules[1][0].gradient.data_ptr() not in [place[1] for place in places[4:]]
+    assert all(torch.equal(tensor, held[name]) for name, tensor in flatten(middle).items())
+    whole, _ = reader.read(reader.begin(), TEXT)
+    for name, tensor in flatten(whole.levels).items():
+        torch.testing.assert_close(flatten(end.levels)[name], tensor, rtol=0, atol=1e-10, msg=name)
+
+
+def test_a_level_refused_at_a_write_is_what_it_was() -> None:
+    """Who is asked what stands after a write is given both sides of it, each whole."""
+    model = build(level(16), level(80), mixer=attention(window=32))
+
+    def refuse(before: LevelsState, after: LevelsState, loss: torch.Tensor, tokens: int) -> LevelsState:
+        return before
+
+    reader = Reader(model, accept=refuse)
+    state, _ = reader.read(reader.begin(), TEXT)
+    fresh = reader.begin().levels
+    assert all(torch.equal(tensor, flatten(fresh)[name]) for name, tensor in flatten(state.levels).items())
 
 
 def test_learning_does_not_stop_in_eval_mode() -> None:

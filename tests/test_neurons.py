@@ -235,7 +235,7 @@ def test_pre_training_keeps_a_clock_for_every_group() -> None:
 def test_options_of_divided_blocks_are_alive() -> None:
     rule = retain(decay(), momentum(normalize()))
     finding = options_live(
-        ModelConfig(mixer=attention(), levels=(spectrum(4, 8, rule=rule), neurons((level(8), level(16)))))
+        ModelConfig(blocks=1, mixer=attention(), levels=(spectrum(4, 8, rule=rule), neurons((level(8), level(16)))))
     )
     assert finding.passed, finding.detail
 

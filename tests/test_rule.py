@@ -262,6 +262,20 @@ class TestContract:
         assert torch.autograd.gradcheck(stepped, [a.requires_grad_() for a in arguments], fast_mode=True)
 
 
+class keeping(Rule, abstract=True):
+    """Keeps the gradient that it is given, itself."""
+
+    def init(self, weight):
+        return torch.zeros_like(weight)
+
+    def step(self, weight, gradient, state, gates):
+        return weight - gates.step_size * gradient.dense(), gradient.dense()
+
+
+def _tensors(state):
+    return list(flatten(state).values())
+
+
 class TestEvery:
     INNER = retain(decay_to_start(), delta_gradient_descent(momentum(dampen())))
     GATES = Gates(STEP, KEPT, LOG_RETENTION)
@@ -286,6 +300,28 @@ class TestEvery:
             assert not torch.equal(after, weight)
             weight, since = after, []
         assert ticks > 0
+
+    @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+    @pytest.mark.parametrize("dense", [False, True])
+    def test_a_sum_of_ones_own_is_added_to_where_it_lies(self, leading, dense):
+        """The same steps bit for bit; nothing else is written over, what the rule within keeps included."""
+        rule, kept = every(6, keeping()), []  # type: ignore[arg-type]
+        pure = own = normal(*leading, OUT, IN)
+        pure_state, own_state = rule.init(pure), rule.init(own)
+        for call in range(9):
+            pairs = Pairs(normal(*leading, 2, OUT, seed=call + 20), normal(*leading, 2, IN, seed=call + 40))
+            gradient = Summed(pairs.dense(), None, 2) if dense else pairs
+            before = clone((pure_state, pairs))
+            pure, after = rule.step(pure, gradient, pure_state, self.GATES)
+            assert all(torch.equal(a, b) for a, b in zip(*map(_tensors, (before, (pure_state, pairs))), strict=True))
+            pure_state, where = after, own_state.gradient.data_ptr()
+            with torch.no_grad():
+                own, own_state = rule.step(own, gradient, own_state, self.GATES, own=True)
+            assert torch.equal(own, pure)
+            assert all(torch.equal(a, b) for a, b in zip(*map(_tensors, (pure_state, own_state)), strict=True))
+            assert (own_state.gradient.data_ptr() == where) == ((call + 1) % 3 != 0)  # at a tick it is kept within
+            kept.append((own_state.of, clone(own_state.of)))
+        assert all(torch.equal(now, then) for now, then in kept)
 
     def test_never_with_an_infinite_period(self):
         weight, gradient = given_pairs(4)

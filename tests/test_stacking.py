@@ -12,7 +12,7 @@ from nestling.levels.layouts import find_feedforwards
 from nestling.levels.reading import LevelledModel
 from nestling.memory import decay, momentum, retain
 from nestling.memory.state import clone, flatten
-from pretrained import DECODERS, ENCODERS, LEARNED_POSITIONS, transformers
+from pretrained import DECODERS, ENCODERS, LEARNED_POSITIONS, MIXTURES, transformers
 
 TEXT = torch.randint(0, 61, (90,), generator=torch.Generator().manual_seed(1))
 ROWS = TEXT[:80].view(2, 40)
@@ -42,6 +42,7 @@ FOUND = {
     "qwen2": "model.layers.{}.mlp.{{gate_proj,up_proj,down_proj}}",
     "qwen3": "model.layers.{}.mlp.{{gate_proj,up_proj,down_proj}}",
     "gpt2": "transformer.h.{}.mlp.{{c_fc,c_proj}}",
+    "phi3": "model.layers.{}.mlp.{{gate_up_proj,gate_up_proj,down_proj}}",
     "gpt_neox": "gpt_neox.layers.{}.mlp.{{dense_h_to_4h,dense_4h_to_h}}",
     "bert": "encoder.layer.{}.{{intermediate.dense,output.dense}}",
     "bert, masked": "bert.encoder.layer.{}.{{intermediate.dense,output.dense}}",
@@ -90,6 +91,21 @@ def test_an_unknown_layout_says_what_was_looked_for() -> None:
         find_feedforwards(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="no MLP found"):  # five maps of one shape beside an activation
         find_feedforwards(nn.ModuleDict({"tower": nn.ModuleList([Unheard()])}))
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_of_experts_is_refused(mixture: str) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts holds a mixture of experts \(gate_up_proj \[4, "):
+        stack(MIXTURES[mixture](), [4])
+
+
+def test_a_list_of_experts_is_refused() -> None:
+    def expert() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    layer = nn.ModuleDict({"router": nn.Linear(4, 2), "experts": nn.ModuleList([expert(), expert()])})
+    with pytest.raises(ValueError, match=r"tower\.0\.experts holds a mixture of experts \(2 MLPs\)"):
+        find_feedforwards(nn.ModuleDict({"tower": nn.ModuleList([layer])}))
 
 
 @LAYOUTS
@@ -141,7 +157,7 @@ def test_a_tick_is_plain_autograd_on_the_model(layout: str, how: str) -> None:
     losses = F.cross_entropy(naive(TEXT[None, :period]).logits[0], TEXT[1 : period + 1], reduction="sum")
     losses.backward()
     learned = model.placed(state.levels.weights)
-    assert len(learned) == sum(len(f.maps) for f in model.feedforwards)
+    assert len(learned) == sum(len(f.modules) for f in model.feedforwards)
     for name, weight in learned.items():
         parameter = naive.get_parameter(name)
         expected = parameter - 0.7 / period * parameter.grad
@@ -203,11 +219,21 @@ def test_a_context_without_overlap_is_windows_read_afresh(layout: str) -> None:
     naive = DECODERS[layout]().double()
     expected = torch.cat([naive(part[None]).logits[0] for part in TEXT.split(16)])
     torch.testing.assert_close(model(TEXT[None])[0][0], expected, rtol=0, atol=1e-12)
-    state = model.init_state(1)
-    assert state.keys[0].shape[2] == 16
-    assert {tensor.shape for tensor in flatten(model(TEXT[None])[1]).values()} == {
-        tensor.shape for tensor in flatten(state).values()
-    }
+    assert {keys.shape[2] for keys in model.init_state(1).keys} == {0}
+    state = model(TEXT[None])[1]
+    assert {slots.shape[2] for slots in (*state.keys, *state.values)} == {state.valid.shape[1]} == {len(TEXT) % 16}
+
+
+def test_empty_slots_after_those_that_are_used_say_nothing() -> None:
+    """As lives of an older version have them: a cache as long as the context."""
+    model = stack(DECODERS["llama"]().double(), [4], context=32)
+    state = model(TEXT[None, :10])[1]
+    room = tuple(tuple(F.pad(each, (0, 0, 0, 22), value=9.0) for each in slots) for slots in (state.keys, state.values))
+    older = state._replace(keys=room[0], values=room[1], valid=F.pad(state.valid, (0, 22)))
+    expected, after = model(TEXT[None, 10:20], state)
+    got, same = model(TEXT[None, 10:20], older)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(flatten(after).values(), flatten(same).values(), strict=True))
 
 
 @pytest.mark.parametrize("layout", sorted(set(DECODERS) - LEARNED_POSITIONS))

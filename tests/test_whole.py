@@ -53,12 +53,12 @@ def test_from_random_weights_learning_reaches_the_loss_of_training() -> None:
     config = preset("tiny", levels=(adamw(32), adamw(64)))
     trainer = Trainer(Decoder(config), PLAIN)
     stream = Stream.of([TEXT], rows=1, length=LENGTH)
-    trained = np.mean([trainer.run_step(stream).loss for _ in range(120)][-40:])
+    trained = np.mean([trainer.run_step(stream).loss for _ in range(48)][-16:])
     reader = Reader(Whole(Decoder(config), adamw(LENGTH)))
-    _, out = reader.read(reader.begin(), torch.tensor(list(TEXT[: 120 * LENGTH + 1])))
-    lived = float(out.nll[-40 * LENGTH :].mean())
+    _, out = reader.read(reader.begin(), torch.tensor(list(TEXT[: 48 * LENGTH + 1])))
+    lived = float(out.nll[-16 * LENGTH :].mean())
     assert lived < 0.65 * math.log(256)
-    assert lived == pytest.approx(trained, rel=0.02)
+    assert lived == pytest.approx(trained, rel=1e-3)
 
 
 def test_split_passes_are_one_pass() -> None:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 class CacheState(NamedTuple):
     """What a pre-trained decoder remembers of the document that it is in.
 
-    keys, values: for each layer [b, heads, context, channels], the first `used` slots of them, int64 [b], the same for
-    all rows. valid: which slots hold a token, bool [b, context]; padding takes a slot and is never looked at. offset:
-    tokens of the document that stood before the first slot, int64 [b], where positions go on over cuts.
+    keys, values: for each layer [b, heads, slots, channels]; as many slots as are `used`, int64 [b], the same for all
+    rows (a life of an older version has empty ones after them). valid: which slots hold a token, bool [b, slots];
+    padding takes a slot and is never looked at. offset: tokens of the document that stood before the first slot,
+    int64 [b], where positions go on over cuts.
     """
 
     keys: tuple[Tensor, ...]
@@ -32,7 +33,7 @@ class Window(NamedTuple):
     first: int
 
 
-def place(state: CacheState, valid: Tensor, overlap: int, dtype: torch.dtype) -> tuple[Window, Tensor]:
+def place(state: CacheState, valid: Tensor, context: int, overlap: int, dtype: torch.dtype) -> tuple[Window, Tensor]:
     """Where the next tokens stand, valid [b, t], after what the state holds; and which slots, theirs included, are
     tokens [b, slots].
 
@@ -40,7 +41,6 @@ def place(state: CacheState, valid: Tensor, overlap: int, dtype: torch.dtype) ->
     from the document's start, wherever calls begin and end: the token in slot s looks at the slots from
     m (context - overlap) on, m the number of cuts before it.
     """
-    context = state.valid.shape[1]
     used = int(state.used[0])
     if bool((state.used != used).any()):
         raise ValueError(f"rows of one cache are cut together, but hold {state.used.tolist()} tokens")
@@ -66,15 +66,14 @@ def place(state: CacheState, valid: Tensor, overlap: int, dtype: torch.dtype) ->
 def keep(
     whole: Sequence[tuple[Tensor, Tensor]], held: Tensor, before: CacheState, first: int, overlap: int
 ) -> CacheState:
-    """The state after a call, from each layer's keys and values of all slots [b, heads, slots, channels]."""
-    context = before.valid.shape[1]
+    """The state after a call, from each layer's keys and values of all slots [b, heads, slots, channels]: those
+    themselves, where no slot is cut off."""
     used = held.shape[1] - first
-    room = (0, 0, 0, context - used)
     offset = before.offset + held[:, :first].sum(1) if overlap else before.offset
-    return CacheState(
-        tuple(F.pad(keys[:, :, first:], room) for keys, _ in whole),
-        tuple(F.pad(values[:, :, first:], room) for _, values in whole),
-        F.pad(held[:, first:], room[2:]),
-        torch.full_like(before.used, used),
-        offset,
-    )
+    keys, values = (tuple(_rest(each, first) for each in of) for of in zip(*whole, strict=True))
+    return CacheState(keys, values, held[:, first:], torch.full_like(before.used, used), offset)
+
+
+def _rest(slots: Tensor, first: int) -> Tensor:
+    """Slots from the first kept one on; a copy where others are cut off, which would stay in memory with a view."""
+    return slots[:, :, first:].clone() if first else slots

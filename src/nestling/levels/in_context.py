@@ -87,10 +87,10 @@ class InContext:
 
         The graph goes back to this call's beginning. A call ends where a segment does: ValueError elsewhere.
         """
-        losses = []
+        losses: list[Tensor] = []
         state = self._attach(state)
         for part in self._segments(state.position, tokens, targets, counts):
-            state, loss, _ = self._segment(state, *part, outer=())
+            state, loss, _ = self._segment(state, *part, outer=(), own=bool(losses))
             losses.append(loss)
         return state, torch.cat(losses, 1)
 
@@ -114,9 +114,10 @@ class InContext:
                 found = torch.autograd.grad(losses.sum() / number, parameters, allow_unused=True)
             _add(parameters, found, 1.0)
             return map_tensors(Tensor.detach, state), losses.detach()
-        parts = []
+        parts: list[Tensor] = []
         for part in self._segments(state.position, tokens, targets, counts):
-            state, loss, gradients = self._segment(self._attach(state), *part, outer=tuple(parameters))
+            own = bool(parts)  # the first segment's state is the caller's
+            state, loss, gradients = self._segment(self._attach(state), *part, outer=tuple(parameters), own=own)
             _add(parameters, gradients, 1.0 / number)
             state = map_tensors(Tensor.detach, state)
             parts.append(loss.detach())
@@ -140,9 +141,16 @@ class InContext:
             first += size
 
     def _segment(
-        self, state: InContextState, tokens: Tensor, targets: Tensor, counts: Tensor, outer: tuple[Tensor, ...]
+        self,
+        state: InContextState,
+        tokens: Tensor,
+        targets: Tensor,
+        counts: Tensor,
+        outer: tuple[Tensor, ...],
+        own: bool,
     ) -> tuple[InContextState, Tensor, tuple[Tensor | None, ...]]:
-        """One segment: its losses, the levels after it, and the gradient of the losses' sum for `outer`."""
+        """One segment: its losses, the levels after it, and the gradient of the losses' sum for `outer`. own: nobody
+        else holds what the levels accumulated."""
         through = not self.first_order
         taps: list[Taps] = []
         with torch.enable_grad(), _differentiable_attention() if through else contextlib.nullcontext():
@@ -159,7 +167,7 @@ class InContext:
                 torch.zeros_like(x) if e is None else e for x, e in zip(outputs, found[: len(outputs)], strict=True)
             ]
         with torch.set_grad_enabled(through):
-            levels = step(self._model.levels, state.levels, errors_of(outputs, errors), taps, rows=True)
+            levels = step(self._model.levels, state.levels, errors_of(outputs, errors), taps, rows=True, own=own)
         return self._cut(state, levels, sequence, tokens.shape[1]), losses, found[len(outputs) :]
 
     def _attach(self, state: InContextState) -> InContextState:

@@ -1,8 +1,9 @@
 """Where the MLPs of a pre-trained model are: found by structure, whatever the model and its modules are called."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,18 +17,21 @@ _FUNCTIONS = {F.gelu, F.relu, F.silu, F.tanh, F.sigmoid, F.mish, F.leaky_relu, F
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map inside a model: its module's path, its width, and whether its weight lies as [in, out]."""
+    """A linear map inside a model: its module's path, its width, and whether its weight lies as [in, out]. start: its
+    first row in a weight that holds several maps (gate and up fused); None where it is alone."""
 
     path: str
     rows: int  # outputs
     columns: int  # inputs
     transposed: bool
+    start: int | None = None
 
     def read(self, model: nn.Module) -> Tensor:
         """The model's own weight, as [out, in]."""
         weight = model.get_submodule(self.path).weight
         assert isinstance(weight, Tensor)
-        return weight.mT if self.transposed else weight
+        whole = weight.mT if self.transposed else weight
+        return whole if self.start is None else whole[self.start : self.start + self.rows]
 
     def place(self, weight: Tensor, like: Tensor) -> Tensor:
         """A weight [out, in] as the model keeps it: transposed where it is, and in memory as that lies."""
@@ -46,18 +50,40 @@ class Feedforward:
     def maps(self) -> tuple[LinearMap, ...]:
         return (*self.first, self.last)
 
+    @property
+    def modules(self) -> tuple[tuple[LinearMap, ...], ...]:
+        """The maps by the module that computes them: fused ones together."""
+        paths = dict.fromkeys(each.path for each in self.maps)
+        return tuple(tuple(each for each in self.maps if each.path == path) for path in paths)
+
     def read(self, model: nn.Module) -> Weights:
         return tuple(each.read(model) for each in self.maps)
+
+    def place(self, weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+        """Weights [out, in] of its maps as the model's parameters, by name."""
+        by_map = dict(zip(self.maps, weights, strict=True))
+        named = {}
+        for maps in self.modules:
+            like = model.get_submodule(maps[0].path).weight
+            assert isinstance(like, Tensor)
+            parts = [each.place(by_map[each], like) for each in maps]
+            fused = torch.cat(parts, 1 if maps[0].transposed else 0) if len(parts) > 1 else parts[0]
+            named[f"{maps[0].path}.weight"] = fused
+        return named
 
 
 def find_feedforwards(model: nn.Module) -> tuple[Feedforward, ...]:
     """The MLPs of a model's layers, in the order of the layers.
 
     A layer is an element of an `nn.ModuleList`; its MLP is one or two linear maps d -> h that stand beside an
-    activation in one module, and the first linear map h -> d from there on. Raises ValueError saying what was looked
-    for, and what the layers hold, where there is none.
+    activation in one module, or one map d -> 2h that is both (in halves), and the first linear map h -> d from there
+    on. Raises ValueError saying what was looked for, and what the layers hold, where there is none; and where a layer
+    has experts of which a token meets only some.
     """
     stacks = list(_outermost(model, ""))
+    for path, stack in stacks:
+        for index, layer in enumerate(stack):
+            _refuse_experts(model, layer, f"{path}.{index}")
     layers = [(layer, f"{path}.{index}") for path, stack in stacks for index, layer in enumerate(stack)]
     found = [mlp for layer, path in layers for mlp in _in(layer, path)]
     if not found:
@@ -91,6 +117,31 @@ def _in(layer: nn.Module, path: str) -> Iterator[Feedforward]:
         first = [m for m in beside if back and order.index(m) < order.index(back[0])]
         if first and len(first) <= 2 and all((m.rows, m.columns) == (wide.rows, wide.columns) for m in first):
             yield Feedforward(tuple(first), back[0])
+        elif not back and (fused := _fused(wide, beside, order)):
+            yield fused
+
+
+def _fused(wide: LinearMap, beside: list[LinearMap], order: list[LinearMap]) -> Feedforward | None:
+    """Gate and up in one map d -> 2h, the only one beside the activation before a map h -> d."""
+    half = wide.rows // 2
+    back = [m for m in order[order.index(wide) + 1 :] if (m.rows, m.columns) == (wide.columns, half)]
+    if wide.rows % 2 or not back or any(order.index(m) < order.index(back[0]) for m in beside[1:]):
+        return None
+    return Feedforward((replace(wide, rows=half, start=0), replace(wide, rows=half, start=half)), back[0])
+
+
+def _refuse_experts(model: nn.Module, layer: nn.Module, path: str) -> None:
+    """Which tokens an expert sees is its router's choice; levels learn from every token."""
+    for name, module in layer.named_modules():
+        held = {key: list(p.shape) for key, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        stacked = len(held) > 1 and len({shape[0] for shape in held.values()}) == 1
+        listed = isinstance(module, nn.ModuleList) and sum(any(True for _ in _in(each, name)) for each in module) > 1
+        if stacked or listed:
+            what = ", ".join(f"{key} {shape}" for key, shape in held.items()) or f"{len(list(module.children()))} MLPs"
+            raise ValueError(
+                f"{type(model).__name__}: {path}.{name} holds a mixture of experts ({what}), of which a token meets "
+                "only some; levels need an MLP that every token goes through"
+            )
 
 
 def _linear(module: nn.Module, path: str) -> LinearMap | None:
@@ -117,8 +168,8 @@ def _holds_activation(module: nn.Module) -> bool:
 def _looked_for(model: nn.Module, stacks: list[tuple[str, nn.ModuleList]]) -> str:
     wanted = (
         "Looked, in every element of every nn.ModuleList, for a module with an activation (of torch.nn or "
-        "transformers.activations) beside one or two linear maps (nn.Linear, or Conv1D with a weight [nx, nf]) d -> h, "
-        "and for a linear map h -> d after them"
+        "transformers.activations) beside one or two linear maps (nn.Linear, or Conv1D with a weight [nx, nf]) d -> h "
+        "or one d -> 2h, and for a linear map h -> d after them"
     )
     if not stacks:
         return f"{wanted}; there is no nn.ModuleList in it"

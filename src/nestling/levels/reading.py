@@ -81,6 +81,7 @@ Accept = Callable[[LevelsState, LevelsState, Tensor, int], LevelsState]
 """(levels before a write, levels after it, loss of its segment in nats, tokens of the segment) -> levels that stand"""
 
 _BLOCK = 2048  # tokens of one forward pass where no cut asks for less
+_CACHED = 1 << 17  # numbers that a processor's cache holds beside others
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Reader:
         if tokens.dim() != 1:
             raise ValueError(f"reading takes one row of tokens [n], got shape {list(tokens.shape)}")
         nll, rows = [], []
+        own = False  # the caller holds the state that it gave; after the first write here nobody else holds one
         while tokens.numel() and not self.learning:
             state, losses = self._predict(state._replace(segment=tokens[:0]), tokens[:_BLOCK])
             state = state._replace(segment=tokens[:0], before=state.now)
@@ -132,12 +134,14 @@ class Reader:
             cut = int(state.position) - state.segment.numel()  # where the open segment began
             size = next_cut(cut, self.periods, self.segment_tokens) - cut
             if state.segment.numel() == size:
-                state, change = self._close(state, tokens[0])
+                state, change = self._close(state, tokens[0], own)
+                own = self.accept is None
                 rows.append(change)
                 continue
             due = size - state.segment.numel()
             if state.segment.numel() == 0 and tokens.numel() > size:
-                state, losses, change = self._whole(state, tokens[:size], tokens[size])
+                state, losses, change = self._whole(state, tokens[:size], tokens[size], own)
+                own = self.accept is None
                 nll.append(losses)
                 rows.append(change)
                 tokens = tokens[size:]
@@ -174,29 +178,34 @@ class Reader:
         position = state.position + tokens.numel()
         return ReadingState(state.levels, position, segment, state.before, now, logits[0, -1]), losses
 
-    def _close(self, state: ReadingState, following: Tensor) -> tuple[ReadingState, Tensor]:
+    def _close(self, state: ReadingState, following: Tensor, own: bool) -> tuple[ReadingState, Tensor]:
         """The token at the cut has arrived: write the levels with the segment, which came in pieces."""
-        _, levels, now = self._learn(state, state.segment, following)
+        _, levels, now = self._learn(state, state.segment, following, own)
         change = moved(state.levels, levels, int(state.position))
         return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
 
-    def _whole(self, state: ReadingState, tokens: Tensor, following: Tensor) -> tuple[ReadingState, Tensor, Tensor]:
+    def _whole(
+        self, state: ReadingState, tokens: Tensor, following: Tensor, own: bool
+    ) -> tuple[ReadingState, Tensor, Tensor]:
         """A segment that arrives whole, with the token after it: one forward pass for prediction and learning."""
-        logits, levels, now = self._learn(state, tokens, following)
+        logits, levels, now = self._learn(state, tokens, following, own)
         losses = _surprise(state.logits, logits[:-1], tokens)
         position = state.position + tokens.numel()
         change = moved(state.levels, levels, int(position))
         return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
 
-    def _learn(self, state: ReadingState, tokens: Tensor, following: Tensor | None) -> tuple[Tensor, LevelsState, Any]:
-        """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end."""
+    def _learn(
+        self, state: ReadingState, tokens: Tensor, following: Tensor | None, own: bool = False
+    ) -> tuple[Tensor, LevelsState, Any]:
+        """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end. own: nobody else
+        holds what the levels accumulated."""
         taps: list[Taps] = []
         with torch.enable_grad():
             weights = awake(self.model.levels, state.levels)
             logits, now = constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
-            levels = write(self.model.levels, state.levels, loss, taps)
+            levels = write(self.model.levels, state.levels, loss, taps, own=own)
         if self.accept is not None:
             levels = self.accept(state.levels, levels, loss.detach(), tokens.numel())
         return logits[0].detach(), levels, detach(now)
@@ -213,12 +222,18 @@ def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:
     row = [float(position)]
     for old_maps, new_maps in zip(before.weights, after.weights, strict=True):
         size = sum(weight.numel() for weight in old_maps)
-        total = sum(
-            0.0 if old is new else float(torch.linalg.vector_norm(new - old)) ** 2
-            for old, new in zip(old_maps, new_maps, strict=True)
-        )
+        pairs = zip(old_maps, new_maps, strict=True)
+        total = sum(_squared_distance(old, new) for old, new in pairs if old is not new)
         row.append(math.sqrt(total / size))
     return torch.tensor(row, dtype=torch.float64)
+
+
+def _squared_distance(old: Tensor, new: Tensor) -> float:
+    """Some rows at a time, so that no difference as large as a map is ever written down."""
+    rows = max(1, _CACHED // max(1, old.shape[-1]))
+    pieces = zip(old.split(rows, -2), new.split(rows, -2), strict=True)
+    norms = torch.stack([torch.linalg.vector_norm(after - before) for before, after in pieces])
+    return float(norms.double().square().sum())
 
 
 def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:

@@ -14,7 +14,7 @@ from nestling.memory.structure import Weights
 
 from .attention_cache import CacheState, keep, place
 from .continuum import Level, Taps, level
-from .layouts import Feedforward, find_feedforwards
+from .layouts import Feedforward, LinearMap, find_feedforwards
 from .losses import Loss, next_token
 from .neurons import join_neurons, share_taps, split_neurons
 
@@ -136,10 +136,7 @@ class Stacked(nn.Module):
         named: dict[str, Tensor] = {}
         for index, feedforward in enumerate(self.feedforwards):
             joined = join_neurons(self._of_layer(index, weights))
-            for each, weight in zip(feedforward.maps, joined, strict=True):
-                like = self.base.get_submodule(each.path).weight
-                assert isinstance(like, Tensor)
-                named[f"{each.path}.weight"] = each.place(weight, like)
+            named |= feedforward.place(joined, self.base)
         return named
 
     @contextmanager
@@ -148,7 +145,7 @@ class Stacked(nn.Module):
         extra = self.config.how == "low_rank"
         named = {} if weights is None or extra else self.placed(weights)
         own = self.level_weights() if weights is None and (extra or taps is not None) else weights
-        heard: dict[str, tuple[Tensor, Tensor]] = {}
+        heard: dict[Any, tuple[Tensor, Tensor]] = {}
         handles = []
         for index, feedforward in enumerate(self.feedforwards):
             if extra:
@@ -166,9 +163,8 @@ class Stacked(nn.Module):
             return
         assert own is not None
         for index, feedforward in enumerate(self.feedforwards):
-            names = ("A", "B") if extra else ("",) * len(feedforward.maps)
-            maps = [feedforward.last] * 2 if extra else list(feedforward.maps)
-            pairs = [heard[each.path + name] for each, name in zip(maps, names, strict=True)]
+            maps = [(feedforward.last, name) for name in "AB"] if extra else feedforward.maps
+            pairs = [heard[each] for each in maps]
             inputs, outputs = tuple(x for x, _ in pairs), tuple(y for _, y in pairs)
             groups = self._of_layer(index, own)
             taps.extend(share_taps(groups, inputs, outputs) if len(groups) > 1 else [Taps(inputs, outputs)])
@@ -199,11 +195,11 @@ class StackedDecoder(Stacked):
         """An empty cache."""
 
         def room(like: Tensor) -> Tensor:
-            return like.new_zeros(batch, like.shape[1], self.context, like.shape[3])
+            return like.new_zeros(batch, like.shape[1], 0, like.shape[3])
 
         device = self._empty[0][0].device
         none = torch.zeros(batch, dtype=torch.int64, device=device)
-        valid = torch.zeros(batch, self.context, dtype=torch.bool, device=device)
+        valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         keys, values = zip(*((room(key), room(value)) for key, value in self._empty), strict=True)
         return CacheState(keys, values, valid, none, none)
 
@@ -220,11 +216,13 @@ class StackedDecoder(Stacked):
 
         state = self.init_state(tokens.shape[0]) if state is None else state
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        window, held = place(state, valid, self.overlap, self._empty[0][0].dtype)
+        window, held = place(state, valid, self.context, self.overlap, self._empty[0][0].dtype)
         cache, used = DynamicCache(), int(state.used[0])
         for index, (keys, values) in enumerate(zip(state.keys, state.values, strict=True)):
-            if used:
-                cache.update(keys[:, :, :used], values[:, :, :used], index)
+            if used:  # what is held goes in as it is: `update` would copy it, and the call copies it once more
+                cache.update(keys[:, :, :0], values[:, :, :0], index)
+                layer = cache.layers[index]
+                layer.keys, layer.values = keys[:, :, :used], values[:, :, :used]
         options = {"position_ids": window.positions, "attention_mask": window.mask, "past_key_values": cache}
         with self._with(weights, taps) as named:
             out = self._call(named, "__call__", tokens, **options, use_cache=True)
@@ -290,19 +288,24 @@ class _Caller(nn.Module):
 
 
 def _listen(
-    base: nn.Module, feedforward: Feedforward, heard: dict[str, tuple[Tensor, Tensor]], beside: Weights | None
+    base: nn.Module, feedforward: Feedforward, heard: dict[Any, tuple[Tensor, Tensor]], beside: Weights | None
 ) -> list[Any]:
     """Keep what the maps of an MLP receive and give; or, with maps beside it, add what those give and keep theirs.
     Hooks, for one call: the model is somebody else's code."""
 
-    def keep_as(path: str) -> Any:
-        return lambda module, given, output: heard.__setitem__(path, (given[0], output))
+    def keep_as(maps: tuple[LinearMap, ...]) -> Any:
+        def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            parts = output.split([each.rows for each in maps], -1) if len(maps) > 1 else (output,)
+            heard.update((each, (given[0], part)) for each, part in zip(maps, parts, strict=True))
+            return torch.cat(parts, -1) if len(maps) > 1 else None  # made of the parts, that errors reach them
+
+        return keep
 
     if beside is None:
-        return [base.get_submodule(m.path).register_forward_hook(keep_as(m.path)) for m in feedforward.maps]
+        return [base.get_submodule(m[0].path).register_forward_hook(keep_as(m)) for m in feedforward.modules]
     down, up = beside
     came: list[Tensor] = []
-    last = feedforward.last.path
+    last = feedforward.last
 
     def arrive(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         came.append(given[0])
@@ -311,11 +314,11 @@ def _listen(
         x = came.pop()
         low = F.linear(x, down.to(x.dtype))
         more = F.linear(low, up.to(x.dtype))
-        heard[f"{last}A"], heard[f"{last}B"] = (x, low), (low, more)
+        heard[last, "A"], heard[last, "B"] = (x, low), (low, more)
         return output + more
 
     first = base.get_submodule(feedforward.first[0].path)
-    return [first.register_forward_pre_hook(arrive), base.get_submodule(last).register_forward_hook(add)]
+    return [first.register_forward_pre_hook(arrive), base.get_submodule(last.path).register_forward_hook(add)]
 
 
 def _low_rank(feedforward: Feedforward, rank: int, base: nn.Module, generator: torch.Generator) -> Weights:

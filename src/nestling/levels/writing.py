@@ -44,20 +44,26 @@ def begin(levels: tuple[level, ...], weights: tuple[Weights, ...]) -> LevelsStat
 
 
 def _fresh(lvl: level, maps: Weights) -> Rules:
-    return tuple(lvl.clocked.init(weight) for weight in maps)
+    """Clocks at zero. Nothing accumulated takes no room: a single zero stands for all."""
+    fresh = [lvl.clocked.init(weight) for weight in maps]
+    return tuple(
+        rule._replace(gradient=weight.new_zeros(()).expand_as(weight)) for rule, weight in zip(fresh, maps, strict=True)
+    )
 
 
-def write(levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: Sequence[Tap]) -> LevelsState:
+def write(
+    levels: tuple[level, ...], state: LevelsState, loss: Tensor, taps: Sequence[Tap], *, own: bool = False
+) -> LevelsState:
     """Every level takes one step of its own clocked rule on the gradient of `loss`, a sum over tokens.
 
     One backward pass serves all levels; what comes out of it are errors at the outputs of linear maps, so that
     the delta rules have the pairs that they need; groups of neurons share those of their block. Off its clock a level
-    only accumulates.
+    only accumulates. own: nobody else holds `state`, and what it accumulated is added to where it lies.
     """
     outputs = tapped(levels, taps)
     found = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
     with torch.no_grad():
-        return step(levels, state, errors_of(outputs, found), taps)
+        return step(levels, state, errors_of(outputs, found), taps, own=own)
 
 
 def tapped(levels: tuple[level, ...], taps: Sequence[Tap]) -> list[Tensor]:
@@ -78,8 +84,10 @@ def step(
     taps: Sequence[Tap],
     *,
     rows: bool = False,
+    own: bool = False,
 ) -> LevelsState:
-    """The levels after one step of every clocked rule; `rows`: weights [b, out, in], a row of the batch each.
+    """The levels after one step of every clocked rule; `rows`: weights [b, out, in], a row of the batch each; `own` as
+    in `write`.
 
     A level that starts again does so after its own step, where the clock of the next slower one ticks.
     """
@@ -88,7 +96,7 @@ def step(
         if lvl.period == math.inf:
             continue
         pairs = tap.pairs([errors[id(output)] for output in tap.outputs], rows)
-        weights[i], rules[i] = _stepped(lvl, weights[i], pairs, rules[i])
+        weights[i], rules[i] = _stepped(lvl, weights[i], pairs, rules[i], own)
         start = starts[i] if starts else None
         if start is not None:
             starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], pairs)
@@ -99,9 +107,11 @@ def step(
     return LevelsState(tuple(weights), tuple(rules), tuple(starts))
 
 
-def _stepped(lvl: level, maps: Weights, gradients: Sequence[Gradient], rules: Rules) -> tuple[Weights, Rules]:
+def _stepped(
+    lvl: level, maps: Weights, gradients: Sequence[Gradient], rules: Rules, own: bool = False
+) -> tuple[Weights, Rules]:
     after = [
-        lvl.clocked.step(weight, gradient, rule, lvl.gates)
+        lvl.clocked.step(weight, gradient, rule, lvl.gates, own)
         for weight, gradient, rule in zip(maps, gradients, rules, strict=True)
     ]
     return tuple(weight for weight, _ in after), tuple(rule for _, rule in after)

@@ -47,11 +47,14 @@ class Pairs(NamedTuple):
         """sum_n error input^T [..., out, in]."""
         return self.error.mT @ self.input
 
-    def added_to(self, total: Tensor) -> Tensor:
-        """total + dense(), in one pass over the total where it is one matrix of the same kind."""
-        if total.dim() != 2 or total.dtype != self.error.dtype:
-            return total + self.dense()
-        return torch.addmm(total, self.error.mT, self.input)
+    def added_to(self, total: Tensor, own: bool = False) -> Tensor:
+        """total + dense(), in one pass over a total of the same kind. own: the total is the caller's alone, and is
+        used up."""
+        alike = total.dtype == self.error.dtype == self.input.dtype
+        if not alike or total.dim() not in (2, 3) or not total.dim() == self.error.dim() == self.input.dim():
+            return Summed(self.dense()).added_to(total, own)
+        add = torch.addmm if total.dim() == 2 else torch.baddbmm
+        return add(total, self.error.mT, self.input, out=total) if own else add(total, self.error.mT, self.input)
 
     def project(self, weight: Tensor) -> Tensor:
         """sum_n (W x) x^T: the part of W that lies along the inputs [..., out, in]."""
@@ -77,8 +80,8 @@ class Summed(NamedTuple):
     def dense(self) -> Tensor:
         return self.total
 
-    def added_to(self, total: Tensor) -> Tensor:
-        return total + self.total
+    def added_to(self, total: Tensor, own: bool = False) -> Tensor:
+        return total.add_(self.total) if own and total.dtype == self.total.dtype else total + self.total
 
     def project(self, weight: Tensor) -> Tensor:
         return weight @ self.gram()

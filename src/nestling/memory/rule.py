@@ -22,7 +22,7 @@ from torch import Tensor
 from .gradient import ChunkEnd, Gates, Gradient, Norms, Pairs, Plan, Summed, _per_token, _wide
 from .part import Part
 from .retention import Retention, decay
-from .state import select
+from .state import flatten, select
 
 State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
@@ -583,15 +583,20 @@ class every(Rule):
     def init(self, weight: Tensor) -> State:
         counts = torch.float64 if self.timed else torch.int64
         elapsed = torch.zeros(weight.shape[:-2], dtype=counts, device=weight.device)
-        square = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
-        inputs = square if self.needs_inputs else None
+        square = (*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
+        inputs = weight.new_zeros(square) if self.needs_inputs else None
         return EveryState(elapsed, torch.zeros_like(weight), inputs, self.of.init(weight))
 
-    def step(self, weight: Tensor, gradient: Gradient, state: State, gates: Gates) -> tuple[Tensor, State]:
+    def step(
+        self, weight: Tensor, gradient: Gradient, state: State, gates: Gates, own: bool = False
+    ) -> tuple[Tensor, State]:
+        """One step. own: the sum in `state` is the caller's alone and is used up, so that a gradient is added to it
+        where it lies; the one exception to purity, for who holds the only state. Weights are never written over."""
         if self.period == math.inf:
             return weight, state
+        own = own and not torch.is_grad_enabled() and state.gradient.is_contiguous()
         elapsed = state.elapsed + gradient.tokens
-        total = gradient.added_to(state.gradient)
+        total = gradient.added_to(state.gradient, own)
         inputs = None if state.inputs is None else state.inputs + gradient.gram()
         tick = elapsed >= self.period * _ALMOST if self.timed else elapsed >= self.period
         if not bool(tick.any()):
@@ -599,14 +604,11 @@ class every(Rule):
         gates = gates._replace(step_size=gates.step_size / self.period)
         summed = Summed(total, inputs, tokens=0)
         stepped, inner = self.of.step(weight, summed, self.of.anchor(state.of), gates)
-        after = EveryState(
-            self._left_over(elapsed),
-            torch.zeros_like(total),
-            None if inputs is None else torch.zeros_like(inputs),
-            inner,
-        )
+        left, emptied = self._left_over(elapsed), None if inputs is None else torch.zeros_like(inputs)
         if bool(tick.all()):
-            return stepped, after
+            free = own and not _lies_in(total, (stepped, inner))
+            return stepped, EveryState(left, total.zero_() if free else torch.zeros_like(total), emptied, inner)
+        after = EveryState(left, torch.zeros_like(total), emptied, inner)
         before = EveryState(elapsed, total, inputs, state.of)
         return torch.where(tick[..., None, None], stepped, weight), select(tick, after, before)
 
@@ -615,3 +617,9 @@ class every(Rule):
         if not self.timed:
             return elapsed % int(self.period)
         return (elapsed - (elapsed / self.period + (1 - _ALMOST)).floor() * self.period).clamp(min=0.0)
+
+
+def _lies_in(total: Tensor, kept: State) -> bool:
+    """Is any tensor of what is kept the total, or a view of it?"""
+    where = total.untyped_storage().data_ptr()
+    return any(tensor.untyped_storage().data_ptr() == where for tensor in flatten(kept).values())

@@ -31,7 +31,7 @@ from .conversation import Conversation, check_name, remove_conversation, spoken
 from .copying import begin_life, copy_life
 from .event import BIRTH, Event
 from .fold import Done, Fold, LifeState, Tell, digest
-from .forgetting import plan_forgetting, scrub, take_out
+from .forgetting import Plan, plan_forgetting, scrub, take_out
 from .intake import Given, as_tokens, entries_of, pieces_of, read_back
 from .journal import Entry, Journal
 from .kinds import read_model
@@ -353,10 +353,11 @@ class Learner:
             self.journal.note("rollback", self.journal.last(), event=target, was=was)
         self._return(tell)
 
-    def forget(self, *sources: str, tell: Tell | None = None) -> None:
+    def forget(self, *sources: str, tell: Tell | None = None) -> Plan:
         """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
         learned again from the newest snapshot before them. Raises ValueError, and forgets nothing, where the journal
-        was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation."""
+        was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation. Returns
+        what was taken out."""
         self._writing()
         talk_of = {f"conversation {name}": name for name in self.talks.names()}
         read = [source for source in sources if source not in talk_of or self.journal.has_source(source)]
@@ -368,8 +369,9 @@ class Learner:
             take_out(self.journal, plan)
             scrub(self.journal)
             self._return(tell)
+        return plan
 
-    def fork(self, folder: Path | str, at: str | int | None = None) -> "Learner":
+    def fork(self, folder: Path | str, at: str | int | None = None, tell: Tell | None = None) -> "Learner":
         """A copy of this life in another folder, as it stands or as it stood `at`; from there on they know nothing
         of each other. Conversations stay behind."""
         target = self.journal.head[0] if at is None else self.resolve(at)
@@ -377,7 +379,7 @@ class Learner:
             with self.journal.transaction():
                 self.journal.note("fork", self.journal.last(), event=target)
         copy_life(self.folder, self.journal, Path(folder), target)
-        return Learner(Path(folder), write=True)
+        return Learner(Path(folder), write=True, tell=tell)
 
     def _names(self) -> dict[str, int]:
         return {s.name: s.event for s in list_snapshots(self.folder / "snapshots") if s.name is not None}

@@ -45,7 +45,11 @@ class Study:
 
     width: int = 48
     blocks: int = 2
+    window: int = 64  # of attention, tokens
     steps: int = 500  # of training
+    rows: int = 8  # of a training batch
+    length: int = 128  # of a row, tokens
+    learning_rate: float = 4e-3
     documents: int = 24  # clean ones
     document_bytes: int = 800
     canaries: int = 20
@@ -56,7 +60,19 @@ class Study:
 
 
 QUICK = Study(
-    width=32, blocks=1, steps=200, documents=12, document_bytes=500, canaries=4, others=99, held_out_bytes=4_000
+    width=32,
+    blocks=1,
+    window=16,
+    steps=300,
+    rows=4,
+    length=64,
+    learning_rate=1e-2,
+    documents=12,
+    document_bytes=500,
+    canaries=4,
+    repeats=8,
+    others=99,
+    held_out_bytes=4_000,
 )
 LEVELS = (level(64, step_size=2.0), level(256, step_size=4.0), level(1024, step_size=8.0))
 
@@ -66,10 +82,11 @@ def train(study: Study) -> tuple[Decoder, list[bytes], bytes]:
     body = embedded_bodies(held_out_bytes=study.held_out_bytes, seed=study.seed)["english"]
     text = b"\n".join(body.read)
     later = study.documents * study.document_bytes
-    config = TrainConfig(steps=study.steps, rows=8, length=128, learning_rate=4e-3, seed=study.seed)
-    shape = ModelConfig(dim=study.width, heads=4, blocks=study.blocks, mixer=attention(window=64), levels=LEVELS)
-    trainer = Trainer(Decoder(shape, seed=study.seed), config)
-    stream = Stream.of([text[later:]], rows=8, length=128, seed=study.seed)
+    config = TrainConfig(steps=study.steps, rows=study.rows, length=study.length, learning_rate=study.learning_rate)
+    mixer = attention(window=study.window)
+    shape = ModelConfig(dim=study.width, heads=4, blocks=study.blocks, mixer=mixer, levels=LEVELS)
+    trainer = Trainer(Decoder(shape, seed=study.seed), replace(config, seed=study.seed))
+    stream = Stream.of([text[later:]], rows=study.rows, length=study.length, seed=study.seed)
     while trainer.step < study.steps:
         trainer.run_step(stream)
     clean = [text[at : at + study.document_bytes] for at in range(0, later, study.document_bytes)]

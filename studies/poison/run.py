@@ -53,7 +53,7 @@ class Study:
     documents: int = 24  # clean ones
     document_bytes: int = 800
     canaries: int = 20
-    repeats: int = 20  # of each canary, fact and order
+    repeats: int = 32  # of each canary, fact and order
     others: int = 499  # random codes that a canary's is compared with
     held_out_bytes: int = 10_000
     seed: int = 0

@@ -158,18 +158,19 @@ def look(folder: Path) -> dict[str, Any]:
 
     def work(say: Say) -> None:
         with Learner.open(folder) as life:
-            found = {
-                "digest": life.digest,
-                "sources": sorted(life.sources()),
-                "path": len(life.journal.path_ids(life.at)),
-            }
-            found["names"] = sorted(s["name"] for s in life.status()["snapshots"] if s["name"])
+            found = _told(life)
         found["problems"] = verify_life(folder, replay=True).problems
         say(json.dumps(found))
 
     child = spawn(work)
     child.wait_for("done")
     return dict(json.loads(child.kill()[0]))
+
+
+def _told(life: Learner) -> dict[str, Any]:
+    names = sorted(s["name"] for s in life.status()["snapshots"] if s["name"])
+    path = len(life.journal.path_ids(life.at))
+    return {"digest": life.digest, "sources": sorted(life.sources()), "path": path, "names": names}
 
 
 def survive(folder: Path, action: str, *, kills: int, seed: int) -> dict[str, Any]:
@@ -199,24 +200,23 @@ def survive(folder: Path, action: str, *, kills: int, seed: int) -> dict[str, An
 
 
 def _unkilled(folder: Path, action: str) -> tuple[list[dict[str, Any]], float]:
-    """What a life is after the action (for learn: after each number of documents), and how long the action takes."""
-    states = []
-    for count in range(1, DOCUMENTS + 1) if action == "learn" else (0,):
-        where = folder / f"unkilled {count}" / "life"
-        shutil.copytree(folder / "begun", where)
+    """What a life is after the action (for learn: after each document), and how long the action takes."""
+    where = folder / "unkilled" / "life"
+    shutil.copytree(folder / "begun", where)
 
-        def work(say: Say, where: Path = where, count: int = count) -> None:
-            with Learner.open(where) as life:
-                if action == "learn":
-                    for number in range(count):
-                        life.learn(text(20 + number, 130), f"new {number}")
-                else:
-                    ACTIONS[action](life, say)
+    def work(say: Say) -> None:
+        with Learner.open(where) as life:
+            if action != "learn":
+                ACTIONS[action](life, say)
+                return
+            for number in range(DOCUMENTS):
+                life.learn(text(20 + number, 130), f"new {number}")
+                say(json.dumps(_told(life)))
 
-        child = spawn(work)
-        child.wait_for("done")
-        child.kill()
-        states.append(look(where))
+    child = spawn(work)
+    child.wait_for("done")
+    lines = child.kill()
+    states = [{**json.loads(line), "problems": []} for line in lines[:-1]] if action == "learn" else [look(where)]
     where = folder / "timed" / "life"
     shutil.copytree(folder / "begun", where)
     child = act(where, action)

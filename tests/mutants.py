@@ -46,6 +46,12 @@ MUTANTS = (
         "s.number not in newest and",
         "tests/test_conversations.py",
     ),
+    Mutant("learner/talks.py", "self._at_hand[0] != number", "False", "tests/test_conversations.py"),
+    Mutant("learner/verify.py", "(report.notes if differs else report.problems)", "report.notes", "tests/test_life.py"),
+    Mutant(
+        "learner/verify.py", "(report.notes if differs else report.problems)", "report.problems", "tests/test_life.py"
+    ),
+    Mutant("learner/voice.py", "reader.begin(levels)", "reader.begin()", "tests/test_life.py"),
     Mutant(
         "learner/why.py",
         "moved_alone(fold, journal, tokens, birth, events)",
@@ -142,7 +148,7 @@ MUTANTS = (
     Mutant(
         "memory/adaptive.py", "1.0 - self.share * count.clamp(max=1.0)", "1.0 - self.share", "tests/test_optim_torch.py"
     ),
-    Mutant("learner/states.py", 'if about["fits"] != fits:', 'if about["fits"] == "":', "tests/test_states.py"),
+    Mutant("learner/states.py", 'if about.get("fits") != fits:', 'if about.get("fits") == "":', "tests/test_states.py"),
     Mutant("levels/neurons.py", "self.fastest * 2**k", "self.fastest * (k + 1)", "tests/test_neurons.py"),
     Mutant("levels/neurons.py", "slice(start, end)))", "slice(0, end - start)))", "tests/test_neurons.py"),
     Mutant(
@@ -169,7 +175,7 @@ MUTANTS = (
     ),
     Mutant("train/outer.py", "clock.advance(self.tokens)", "clock.advance(1)", "tests/test_scripts.py"),
     Mutant(
-        "learner/stacked.py",
+        "learner/states.py",
         'if about.get("fits") != fits:',
         'if about.get("fits") == "":',
         "tests/test_stacked_folder.py",

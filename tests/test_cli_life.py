@@ -69,7 +69,8 @@ def test_a_life_by_commands(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert told(capfd, "snapshot", where, "two")["event"] == 2
     learned = told(capfd, "learn", where, folder / "a.txt", "--source", "again")
     assert learned["tokens"] == 168
-    assert told(capfd, "learn", where, folder / "a.txt", "--source", "again", "--no-again")["tokens"] == 0
+    passed = told(capfd, "learn", where, folder / "a.txt", "--source", "again", "--no-again")
+    assert (passed["tokens"], passed["read_before"]) == (0, ["again"])
     why = told(capfd, "why", where, "--prompt", "a line about ", "--answer", "herons", "--exact")
     assert set(why["exact"]) == {*sources, "again"}
     assert told(capfd, "rollback", where, "two")["digest"] == status["digest"]
@@ -79,7 +80,11 @@ def test_a_life_by_commands(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert [turn["user"] for turn in chat["turns"]] == ["hello", "again"]
     assert chat["learned"]["tokens"] == len("hello\nagain\n")
     assert len(told(capfd, "generate", where, "--prompt", "a line", "--tokens", "5")["text"]) > 0
-    told(capfd, "forget", where, sources[1], "conversation main")
+    assert told(capfd, "status", where)["conversations"] == {"main": {"event": 2, "turns": 4, "learned": 4}}
+    gone = told(capfd, "forget", where, sources[1], "conversation main")
+    assert (gone["events"], gone["tokens"]) == (2, 168 + len("hello\nagain\n"))
+    assert gone["conversations"] == ["main"]
+    assert told(capfd, "status", where)["conversations"] == {}
     assert told(capfd, "verify", where, "--replay")["problems"] == []
     assert list(told(capfd, "status", where)["sources"]) == sources[:1]
     assert not any(b"SECRET" in file.read_bytes() for file in where.rglob("*") if file.is_file())
@@ -130,6 +135,27 @@ def test_bad_input(
     line = capfd.readouterr().err.strip()
     assert "\n" not in line
     assert said in line
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "history", "chat --prompt a --tokens 1", "generate --prompt a --tokens 1"]
+)
+def test_an_older_snapshot_is_never_taken_in_silence(
+    command: str, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers too say that the state they show is not the newest."""
+    monkeypatch.setenv("COLUMNS", "400")
+    (sorted((folder / "life" / "snapshots").iterdir())[-1] / "levels.safetensors").write_bytes(b"torn")
+    name, *flags = command.split()
+    assert main([name, str(folder / "life"), *flags]) == 0
+    said = capfd.readouterr()
+    assert "an older snapshot is taken" in said.out + said.err
+
+
+def test_a_new_life_has_a_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(tmp_path / "life"), "--preset", "tiny"]) == 0
+    assert main(["status", str(tmp_path / "life")]) == 0
+    assert "nothing was read yet" in capfd.readouterr().out
 
 
 def test_damage_is_exit_code_2(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from lives import CONFIG, KEEP, MODEL, crash, same, text
 from nestling.learner import Busy, Learner, machine
+from nestling.learner.verify import verify_life
 from nestling.levels import Reader
 from nestling.memory.state import flatten
 from nestling.models import Decoder
@@ -300,6 +301,37 @@ def test_another_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert set(again.sources()) == {"one", "two"}
     with Learner.open(tmp_path / "life") as again:
         assert again.notes == []  # nothing had to be learned again
+
+
+def test_replay_on_another_machine_claims_nothing(life: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that differ there are no damage: it is noted. On the machine that wrote them they are."""
+    life.learn(text(1), "one")
+    life.snapshot()
+    verify = sys.modules["nestling.learner.verify"]
+    monkeypatch.setattr(verify, "digest", lambda state: "other bits")
+    assert not life.verify(replay=True).good
+    monkeypatch.setattr(sys.modules["nestling.learner.machine"], "machine", lambda: {**machine(), "threads": 64})
+    found = life.verify(replay=True)
+    assert found.good
+    assert any("threads: 1 then, 64 now" in note for note in found.notes)
+    assert any("not what its events come to" in note for note in found.notes)
+
+
+def test_who_waits_is_told(tmp_path: Path) -> None:
+    """Every token that is learned again when a life is opened, copied or verified."""
+    life, heard = Learner.create(tmp_path / "life", MODEL, config=KEEP), list[int]()
+    life.learn(text(1), "one")
+    life.learn(text(2), "two")
+    life.accept(text(3), "three")
+    crash(life)
+    with Learner.open(tmp_path / "life", tell=heard.append) as again:
+        assert sum(heard) == 3 * 90 - 154  # the newest snapshot stands in the middle of "two"
+        heard.clear()
+        again.fork(tmp_path / "fork", at=1, tell=heard.append).close()
+        assert sum(heard) == 64
+        heard.clear()
+    assert verify_life(tmp_path / "life", replay=True, tell=heard.append).good
+    assert sum(heard) == 3 * 90
 
 
 def test_what_a_killed_copy_left_is_removed(life: Learner, tmp_path: Path) -> None:

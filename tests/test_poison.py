@@ -1,7 +1,6 @@
 """The poison study in its quick form: what it says must hold at any size."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ def test_poison_quick() -> None:
     assert spec.loader is not None
     poison = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(poison)
-    found = poison.run(replace(poison.QUICK, steps=250, documents=16))
+    found = poison.run(poison.QUICK)
     assert found["forgotten is clean, bit for bit"]
     for name in ("held_out_bits", "exposure", "false_facts_nats"):
         assert found["forgotten"][name] == found["clean"][name]

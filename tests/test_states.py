@@ -81,12 +81,12 @@ def test_what_does_not_fit_is_said(tmp_path):
     _, state = layer(tokens(6))
     file = tmp_path / "state"
     save_state(file, state, layer)
-    with pytest.raises(ValueError, match=r"state: a state of a model with weights \w+, but these weights are \w+"):
+    with pytest.raises(ValueError, match=r"state: state of a model \(\w+\), but this model is \w+"):
         load_state(file, other)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a state file, or damaged"):
+    with pytest.raises(ValueError, match="not a file of state, or damaged"):
         load_state(file, layer)
-    with pytest.raises(ValueError, match="missing: not a state file"):
+    with pytest.raises(ValueError, match="missing: not a file of state"):
         load_state(tmp_path / "missing", layer)
     with pytest.raises(ValueError, match="at least one state"):
         stack([])

@@ -1,12 +1,9 @@
 """Commands on a life: new, status, history, snapshot, rollback, fork, forget, release, why, verify."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import TaskID
@@ -14,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nestling.learner import Learner, LifeConfig
-from nestling.learner.fold import Tell
 from nestling.learner.verify import verify_life
 from nestling.levels import Growing
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
 from nestling.sleep import Pair, SleepConfig
 
+from .opening import learning_again, opened, say_notes
 from .reading import open_reader
 from .shared import BITS, app, console, print_json, progress
 from .training import Presets
@@ -77,7 +74,7 @@ def status(directory: LifeFolder, *, now: bool = False, json: bool = False) -> N
         now: read the beginning of every source again, without learning, and say how surprising it is now.
         json: print it as JSON.
     """
-    with Learner.open(directory, write=False) as life:
+    with opened(directory, write=False, notes=False) as life:
         told = life.status()
         for source, nats in (life.remembered() if now else {}).items():
             told["sources"][source]["nats_now"] = nats
@@ -92,21 +89,28 @@ def status(directory: LifeFolder, *, now: bool = False, json: bool = False) -> N
     for name, size in told["bytes"].items():
         table.add_row(f"{name} on the disk", f"{size:,} bytes")
     for shot in told["snapshots"]:
-        table.add_row(f"snapshot {shot['number']}", f"{shot['name'] or ''} after event {shot['event']}")
+        name = "birth" if shot["event"] == 0 else f"after event {shot['event']}"
+        table.add_row(f"snapshot {shot['number']}", f"{name}, named {shot['name']}" if shot["name"] else name)
+    for name, talk in told["conversations"].items():
+        said = talk.get("problem") or f"{talk['turns']} turns, {talk['learned']} learned, on event {talk['event']}"
+        table.add_row("conversation", Text(f"{name}: {said}"))
     for note in told["notes"]:
         table.add_row("note", note)
     Console().print(table)
-    Console().print(_sources(told["sources"]))
+    Console().print(_sources(told["sources"], now) if told["sources"] else "nothing was read yet: nestling learn")
 
 
-def _sources(sources: dict[str, dict[str, Any]]) -> Table:
-    table = Table("source", "tokens", "bits/token when read", "now", "levels moved by", "refused", "")
+def _sources(sources: dict[str, dict[str, Any]], with_now: bool) -> Table:
+    table = Table(
+        "source", "tokens", "bits/token when read", *(["now"] if with_now else []), "levels moved by", "refused", ""
+    )
     for name, about in sources.items():
         moved = " ".join(f"{value:.1e}" for value in about["moved"])
-        refused = ", ".join(f"{count} {reason}" for reason, count in about["refused"].items())
+        counts = about["refused"] | ({"ticks held": about["held"]} if about["held"] else {})
+        refused = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         kept = "in quarantine" if about["quarantined"] else "trusted" if about["trusted"] else ""
-        now = f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else ""
-        table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", now, moved, refused, kept)
+        now = [f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else "pruned"] if with_now else []
+        table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", *now, moved, refused, kept)
     return table
 
 
@@ -131,7 +135,7 @@ def sleep(
     config = SleepConfig() if dreams is None else replace(SleepConfig(), dreams=dreams)
     if steps is not None:
         config = replace(config, seeding=replace(config.seeding, steps=steps))
-    with Learner.open(directory) as life, progress() as bars:
+    with opened(directory) as life, progress() as bars:
         tasks: dict[Pair, TaskID] = {}
 
         def tell(pair: Pair, done: int, total: int) -> None:
@@ -156,7 +160,7 @@ def history(directory: LifeFolder, *, json: bool = False) -> None:
         directory: a life.
         json: print it as JSON.
     """
-    with Learner.open(directory, write=False) as life:
+    with opened(directory, write=False) as life:
         told = life.history()
     if json:
         print_json(told)
@@ -177,7 +181,7 @@ def snapshot(directory: LifeFolder, name: tyro.conf.Positional[str], *, json: bo
         name: to go back to it by.
         json: print it as JSON.
     """
-    with _opened(directory) as life:
+    with opened(directory) as life:
         found = life.snapshot(name)
     told = {"name": name, "number": found.number, "event": found.event, "digest": found.digest}
     _say(told, json, f"snapshot {name!r} after event {found.event}")
@@ -192,8 +196,10 @@ def rollback(directory: LifeFolder, to: tyro.conf.Positional[str], *, json: bool
         to: a snapshot's name, an event's number (see `nestling history`), or "birth".
         json: print it as JSON.
     """
-    with _opened(directory) as life, _learning_again() as tell:
-        life.rollback(to, tell)
+    with opened(directory) as life:
+        with learning_again() as tell:
+            life.rollback(to, tell)
+        say_notes(life.notes)
         told = {"event": life.at, "digest": life.digest}
     _say(told, json, f"{directory}: after event {told['event']} again")
 
@@ -208,7 +214,7 @@ def fork(directory: LifeFolder, copy: tyro.conf.Positional[Path], *, at: str | N
         at: a snapshot's name, an event's number, or "birth".
         json: print it as JSON.
     """
-    with Learner.open(directory, write=False) as life, life.fork(copy, at) as other:
+    with opened(directory, write=False) as life, learning_again() as tell, life.fork(copy, at, tell) as other:
         told = {"folder": str(copy), "event": other.at, "digest": other.digest}
     _say(told, json, f"{copy}: a copy of {directory} after event {told['event']}")
 
@@ -224,10 +230,15 @@ def forget(directory: LifeFolder, sources: tyro.conf.Positional[tuple[str, ...]]
     """
     if not sources:
         raise ValueError("forget: name at least one source")
-    with _opened(directory) as life, _learning_again() as tell:
-        life.forget(*sources, tell=tell)
-        told = {"event": life.at, "digest": life.digest}
-    _say(told, json, f"{directory}: as if it had never been read")
+    with opened(directory) as life:
+        talks = life.talks.names()
+        with learning_again() as tell:
+            plan = life.forget(*sources, tell=tell)
+        say_notes(life.notes)
+        gone = sorted(set(talks) - set(life.talks.names()))
+        told = {"event": life.at, "digest": life.digest, "events": len(plan.gone), "tokens": plan.tokens}
+    line = f"{directory}: {plan.tokens:,} tokens forgotten, as if they had never been read"
+    _say(told | {"conversations": gone}, json, line + (f"; and conversations {', '.join(gone)}" if gone else ""))
 
 
 @app.command(name="release")
@@ -239,7 +250,7 @@ def release(directory: LifeFolder, source: tyro.conf.Positional[str], *, json: b
         source: as `nestling status` calls it.
         json: print it as JSON.
     """
-    with _opened(directory) as life:
+    with opened(directory) as life:
         life.release(source)
         told = {"source": source, "event": life.at}
     _say(told, json, f"{source}: trusted")
@@ -256,7 +267,7 @@ def why(directory: LifeFolder, *, prompt: str, answer: str, exact: bool = False,
         exact: learn everything again without each source, and compare with the estimates.
         json: print it as JSON.
     """
-    with Learner.open(directory, write=False) as life, _learning_again() as tell:
+    with opened(directory, write=False) as life, learning_again() as tell:
         found = life.why(prompt, answer, exact=exact, tell=tell)
         levels = [repr(lvl) for lvl in life.model.levels]
     if json:
@@ -283,7 +294,8 @@ def verify(directory: LifeFolder, *, replay: bool = False, json: bool = False) -
         replay: learn everything again, too, and compare with the snapshots bit for bit.
         json: print it as JSON.
     """
-    found = verify_life(directory, replay=replay)
+    with learning_again() as tell:
+        found = verify_life(directory, replay=replay, tell=tell)
     if json:
         print_json(found._asdict())
     else:
@@ -294,23 +306,8 @@ def verify(directory: LifeFolder, *, replay: bool = False, json: bool = False) -
         raise ValueError("; ".join(found.problems))
 
 
-@contextmanager
-def _learning_again() -> Iterator[Tell]:
-    with progress() as bars:
-        task = bars.add_task("learning again", total=None, note="")
-        yield lambda tokens: bars.update(task, advance=tokens)
-
-
 def _say(told: dict[str, Any], as_json: bool, line: str) -> None:
     if as_json:
         print_json(told)
     else:
         print(line)
-
-
-def _opened(directory: Path) -> Learner:
-    torch.set_flush_denormal(True)
-    life = Learner.open(directory)
-    for note in life.notes:
-        console.print(f"[yellow]{note}[/]")
-    return life

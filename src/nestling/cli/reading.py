@@ -7,7 +7,6 @@ import torch
 import tyro
 
 from nestling.learner import (
-    Learner,
     SavedModel,
     SavedStack,
     is_life,
@@ -21,6 +20,7 @@ from nestling.learner import (
 from nestling.levels import Reader
 from nestling.train import named_documents
 
+from .opening import opened
 from .shared import BITS, app, console, print_json, progress
 
 
@@ -56,13 +56,13 @@ def learn(
 
 def _learn_life(directory: Path, documents: list[tuple[str, bytes]], again: bool, as_json: bool) -> None:
     told: list[dict[str, Any]] = []
-    with Learner.open(directory) as life, progress() as bars:
-        for note in life.notes:
-            console.print(f"[yellow]{note}[/]")
+    passed: list[str] = []
+    with opened(directory) as life, progress() as bars:
         task = bars.add_task("learning", total=sum(len(text) for _, text in documents), note="")
         for source, text in documents:
             if not again and life.has_read(text, source):
                 bars.update(task, advance=len(text))
+                passed.append(source)
                 continue
             found = life.learn(text, source, tell=lambda n: bars.update(task, advance=n))
             bars.update(task, note=f"{found.nats * BITS:.3f} bits/token")
@@ -71,11 +71,17 @@ def _learn_life(directory: Path, documents: list[tuple[str, bytes]], again: bool
                 console.print(f"[yellow]{source}: in quarantine; nestling release {directory} {source} trusts it[/]")
         tokens, event = sum(one["tokens"] for one in told), life.at
     if as_json:
-        print_json({"tokens": tokens, "event": event, "documents": told})
+        print_json({"tokens": tokens, "event": event, "documents": told, "read_before": passed})
         return
     nats = sum(one["nats"] * one["tokens"] for one in told if one["tokens"]) / max(1, tokens)
-    refused = sum(sum(one["refused"].values()) for one in told)
-    print(f"learned {tokens:,} tokens at {nats * BITS:.3f} bits/token, predicted before learned; refused {refused}")
+    refused, held = sum(sum(one["refused"].values()) for one in told), sum(one["held"] for one in told)
+    if passed:
+        print(f"passed over {len(passed)} documents that were read before")
+    if tokens or not passed:
+        print(
+            f"learned {tokens:,} tokens at {nats * BITS:.3f} bits/token, predicted before learned; "
+            f"refused {refused} segments, held {held} ticks"
+        )
 
 
 def open_reader(directory: Path, *, learning: bool) -> tuple[SavedModel | SavedStack, Any, Any]:

@@ -13,6 +13,7 @@ from nestling.levels import StackedDecoder
 from nestling.models import generate
 from nestling.train import read_documents
 
+from .opening import opened
 from .reading import open_reader
 from .shared import app, print_json
 
@@ -39,7 +40,7 @@ def generate_command(
     """
     torch.set_flush_denormal(True)
     if is_life(directory):
-        with Learner.open(directory, write=False) as life:
+        with opened(directory, write=False) as life:
             words = list(life.generate(prompt, tokens, temperature=temperature, seed=seed))
             text = life.tokens.decode(torch.tensor(words, dtype=torch.int64))
     else:
@@ -95,7 +96,7 @@ def chat(
     """
     torch.set_flush_denormal(True)
     stop_token = None
-    with Learner.open(directory, write=learn) as life, life.conversation(conversation) as talk:
+    with opened(directory, write=learn) as life, life.conversation(conversation) as talk:
         if stop is not None:
             (stop_token,) = life.tokens.encode(stop.encode()).tolist()[-1:]
         for document in read_documents(read):

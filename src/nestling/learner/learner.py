@@ -14,40 +14,35 @@ newest good snapshot and the events after it give it back.
 
 import hashlib
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from nestling.levels import LevelledModel, Reader, ReadingState
 from nestling.memory import known
-from nestling.memory.structure import Weights
-from nestling.sleep import SleepConfig, SleepReport, sleep
+from nestling.sleep import SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
 from .about import LifeConfig, check_format, read_about
-from .conversation import Conversation, check_name, conversations, read_newest, remove_conversation, spoken
+from .conversation import Conversation, check_name, remove_conversation, spoken
 from .copying import begin_life, copy_life
 from .event import BIRTH, Event
 from .fold import Done, Fold, LifeState, Tell, digest
-from .forgetting import plan_forgetting, scrub, take_out
+from .forgetting import Plan, plan_forgetting, scrub, take_out
 from .intake import Given, as_tokens, entries_of, pieces_of, read_back
 from .journal import Entry, Journal
 from .kinds import read_model
 from .lock import take
-from .machine import flushing
-from .pins import FOLDER, pinning
 from .recovery import check_witness, clean, newest_state, way_back
-from .sleeping import SOURCE, Night, growing, night_key
-from .snapshot import Snapshot, list_snapshots, read_snapshot, write_snapshot
+from .sleeping import SOURCE, fall_asleep, night_key
+from .snapshot import Snapshot, list_snapshots, write_snapshot
+from .talks import Talks
 from .telling import Learned
 from .verify import Verified, verify_life
-from .voice import Voice, draws
+from .voice import go_on, surprises
 from .why import Why, explain
 
 
@@ -65,11 +60,10 @@ class Learner:
     _tokens_since: int  # learned since the last snapshot
     _damaged: set[int]  # snapshots that cannot be read
 
-    def __init__(self, folder: Path, *, write: bool) -> None:
+    def __init__(self, folder: Path, *, write: bool, tell: Tell | None = None) -> None:
         self.folder, self.write = folder, write
         self._lock: int | None = None
         self._journal: Journal | None = None
-        self._weights_of: tuple[int, tuple[Weights, ...]] | None = None
         check_format(folder)
         if write:
             self._lock = take(folder / "lock", str(folder))
@@ -81,13 +75,14 @@ class Learner:
                 raise ValueError(f"{folder}: a life of model {about.model}, but model/ is {self.model_hash}")
             self.fold = Fold(self.model, about.config.guards)
             self._like: ReadingState = Reader(self.model).begin()
+            self.talks = Talks(folder, self.model, about.config.seed, self._like)
             self._journal = Journal(folder, write=write)
-            self._wake()
+            self._wake(tell)
         except BaseException:
             self._let_go()
             raise
 
-    def _wake(self) -> None:
+    def _wake(self, tell: Tell | None) -> None:
         event, _ = self.journal.head
         if self.write:
             check_witness(self.journal)
@@ -95,7 +90,7 @@ class Learner:
         self._ordinals: Counter[str] = self.journal.ordinals()
         self._go_to(event)
         if self.write:
-            base, again = self.at, len(self.catch_up())
+            base, again = self.at, len(self.catch_up(tell))
             if again:
                 self.notes.append(f"{again} events after event {base} were learned again")
             self._clean()
@@ -115,10 +110,11 @@ class Learner:
         return cls(Path(folder), write=True)
 
     @classmethod
-    def open(cls, folder: Path | str, *, write: bool = True) -> "Learner":
+    def open(cls, folder: Path | str, *, write: bool = True, tell: Tell | None = None) -> "Learner":
         """Open a life. Only one writer at a time: `Busy` is raised at once for a second one. A reader
-        (`write=False`) sees the newest snapshot. Raises ValueError where the folder is not a life or is damaged."""
-        return cls(Path(folder), write=write)
+        (`write=False`) sees the newest snapshot. tell: hears of what a writer has to learn again. Raises ValueError
+        where the folder is not a life or is damaged."""
+        return cls(Path(folder), write=write, tell=tell)
 
     def __enter__(self) -> "Learner":
         return self
@@ -226,13 +222,9 @@ class Learner:
         one that is being seeded stops; what is finished stays, and its steps are what is journaled."""
         self._writing()
         self.catch_up()
-        model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
-        config = config or SleepConfig()
-        bound = {} if seconds is None else {"clock": time.monotonic, "seconds": seconds}
-        with flushing():
-            reading, report = sleep(model, self.state.reading, config, key, tell=tell, **bound)  # type: ignore[arg-type]
-        content = Night(config, key, report.steps).write()
-        (event,) = self.journal.append([Entry(SOURCE, content, 0, ends=False, kind="sleep")], self._ordinals)
+        key = night_key(self.config.seed, self._ordinals[SOURCE])
+        reading, report, night = fall_asleep(self.model, self.state.reading, config, key, seconds, tell)
+        (event,) = self.journal.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")], self._ordinals)
         self.state, self.at = self.state._replace(reading=reading), event.id
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
         self._tokens_since += 1
@@ -250,30 +242,25 @@ class Learner:
     ) -> Iterator[int]:
         """Yields tokens that go on from a prompt, from a fresh sequence state. Nothing is learned and no clock
         ticks. seed: of the sampling; the life's own, if none is given."""
-        voice = Voice(self.model, self.state.reading.levels.weights)
-        voice.read(as_tokens(prompt, self.tokens))
-        generator = draws(self.config.seed if seed is None else seed, "generate")
-        return voice.write(tokens, temperature=temperature, generator=generator)
+        words = as_tokens(prompt, self.tokens)
+        seed = self.config.seed if seed is None else seed
+        return go_on(self.model, self.state.reading.levels.weights, words, tokens, temperature, seed)
 
     def conversation(self, name: str) -> Conversation:
         """The conversation of a name; one begins, on the newest snapshot, where there is none. A writer takes a
         snapshot for it where its state has none. `Busy` is raised where another process has it open."""
+        if name in self.talks.names():
+            return self.talks.resume(name)
         check_name(name)
-        if name in conversations(self.folder):
-            about = read_newest(self.folder / FOLDER / name)[1]
-            number, event = int(about["snapshot"]), int(about["event"])
-            voice = Voice(self.model, self._weights(number))
-            return Conversation(self.folder, name, voice, self.config.seed, number, event)
         if self.write and self.stands_on.event != self.at:
             self.snapshot()
-        with pinning(self.folder):  # from here on it is not removed
-            if not self.stands_on.folder.is_dir():
-                self._go_to(self.journal.head[0])
-            on = self.stands_on
-            voice = Voice(self.model, self._weights(on.number))
-            begun = Conversation(self.folder, name, voice, self.config.seed, on.number, on.event)
-            begun.save()
-        return begun
+        return self.talks.begin(name, self._ground)
+
+    def _ground(self) -> Snapshot:
+        """The snapshot to begin a conversation on, while none can be removed."""
+        if not self.stands_on.folder.is_dir():
+            self._go_to(self.journal.head[0])
+        return self.stands_on
 
     def learn_conversation(self, conversation: Conversation, *, own_words: bool = False) -> Learned:
         """Learn what was said in a conversation since it was last learned from; what the model itself wrote only
@@ -286,25 +273,12 @@ class Learner:
         conversation.save()
         return found
 
-    def _weights(self, number: int) -> tuple[Weights, ...]:
-        """The levels' weights in a snapshot. Those of the last one asked for are kept."""
-        if self._weights_of is None or self._weights_of[0] != number:
-            state = read_snapshot(self.folder / "snapshots" / f"{number:012d}", self._like)
-            self._weights_of = (number, state.reading.levels.weights)
-        return self._weights_of[1]
-
     # looking
 
-    @torch.no_grad()
     def evaluate(self, probes: Sequence[Given]) -> list[float]:
         """Mean nats of a token of each text, from a fresh sequence state with the levels as they stand: on a copy,
         clocks stopped, nothing is learned."""
-        reader = Reader(self.model, learning=False)
-        found = []
-        for probe in probes:
-            _, out = reader.read(reader.begin(self.state.reading.levels), as_tokens(probe, self.tokens))
-            found.append(float(out.nll[1:].double().mean()))
-        return found
+        return surprises(self.model, self.state.reading.levels, [as_tokens(probe, self.tokens) for probe in probes])
 
     def why(self, prompt: Given, answer: Given, *, exact: bool = False, tell: Tell | None = None) -> Why:
         """What an answer after a prompt owes to each level and, estimated, to each source; with `exact` checked by
@@ -314,25 +288,8 @@ class Learner:
 
     def status(self) -> dict[str, Any]:
         """What the life is, has read and weighs, as plain data."""
-        rules = self.state.reading.levels.rules
-        return {
-            "folder": str(self.folder),
-            "model": self.model_hash,
-            "seed": self.config.seed,
-            "event": self.at,
-            "waiting": len(self.journal.path_ids(self.journal.head[0], self.at)),
-            "position": int(self.state.reading.position),
-            "open_source": self.state.source,
-            "digest": self.digest,
-            "levels": [
-                {"level": repr(lvl), "since_tick": int(own[0].elapsed.flatten()[0])}
-                for lvl, own in zip(self.model.levels, rules, strict=True)
-            ],
-            "sources": self.sources(),
-            "snapshots": telling.snapshots(self.folder),
-            "bytes": telling.sizes(self.folder),
-            "notes": self.notes,
-        }
+        known_of = {"folder": str(self.folder), "model": self.model_hash, "seed": self.config.seed, "notes": self.notes}
+        return known_of | telling.status(self.folder, self.journal, self.model.levels, self.state, self.at)
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """Per source: tokens, surprise when they were read, how far each level moved, what the guards refused."""
@@ -349,8 +306,8 @@ class Learner:
         for event in self.journal.path_events(self.at):
             if event.kind == "learn" and not event.pruned:
                 first.setdefault(event.source, event)
-        texts = [read_back(self.journal.content(event), event, self.tokens)[:tokens] for event in first.values()]
-        return dict(zip(first, self.evaluate(texts), strict=True))
+        texts = (read_back(self.journal.content(event), event, self.tokens)[:tokens] for event in first.values())
+        return dict(zip(first, surprises(self.model, self.state.reading.levels, texts), strict=True))
 
     def history(self) -> list[dict[str, Any]]:
         """What happened, oldest first."""
@@ -396,23 +353,25 @@ class Learner:
             self.journal.note("rollback", self.journal.last(), event=target, was=was)
         self._return(tell)
 
-    def forget(self, *sources: str, tell: Tell | None = None) -> None:
+    def forget(self, *sources: str, tell: Tell | None = None) -> Plan:
         """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
         learned again from the newest snapshot before them. Raises ValueError, and forgets nothing, where the journal
-        was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation."""
+        was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation. Returns
+        what was taken out."""
         self._writing()
-        talks = {f"conversation {name}": name for name in conversations(self.folder)}
-        read = [source for source in sources if source not in talks or self.journal.has_source(source)]
+        talk_of = {f"conversation {name}": name for name in self.talks.names()}
+        read = [source for source in sources if source not in talk_of or self.journal.has_source(source)]
         plan = plan_forgetting(self.journal, read)
         way_back(self.folder, self.journal, self._like, plan.head, plan.base, plan.gone)
-        for source in talks.keys() & set(sources):
-            remove_conversation(self.folder, talks[source])
+        for source in talk_of.keys() & set(sources):
+            remove_conversation(self.folder, talk_of[source])
         if read:
             take_out(self.journal, plan)
             scrub(self.journal)
             self._return(tell)
+        return plan
 
-    def fork(self, folder: Path | str, at: str | int | None = None) -> "Learner":
+    def fork(self, folder: Path | str, at: str | int | None = None, tell: Tell | None = None) -> "Learner":
         """A copy of this life in another folder, as it stands or as it stood `at`; from there on they know nothing
         of each other. Conversations stay behind."""
         target = self.journal.head[0] if at is None else self.resolve(at)
@@ -420,7 +379,7 @@ class Learner:
             with self.journal.transaction():
                 self.journal.note("fork", self.journal.last(), event=target)
         copy_life(self.folder, self.journal, Path(folder), target)
-        return Learner(Path(folder), write=True)
+        return Learner(Path(folder), write=True, tell=tell)
 
     def _names(self) -> dict[str, int]:
         return {s.name: s.event for s in list_snapshots(self.folder / "snapshots") if s.name is not None}

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import time
 from typing import NamedTuple
 
 from nestling.levels import Growing, LevelledModel, ReadingState
 from nestling.models.data import from_data, to_data
 from nestling.sleep import SleepConfig, SleepReport, sleep
+from nestling.sleep.night import Tell
+
+from .machine import flushing
 
 SOURCE = "sleep"
 """The source of sleeps: to forget it is to have stayed awake."""
@@ -39,6 +43,22 @@ def growing(model: LevelledModel) -> Growing:
     if not isinstance(model, Growing):
         raise ValueError("this life has no slots to sleep into: begin one with them (nestling new --slots 5)")
     return model
+
+
+def fall_asleep(
+    model: LevelledModel,
+    reading: ReadingState,
+    config: SleepConfig | None,
+    key: str,
+    seconds: float | None,
+    tell: Tell | None,
+) -> tuple[ReadingState, SleepReport, Night]:
+    """The state after a sleep, its report, and what is to be journaled of it."""
+    config, model = config or SleepConfig(), growing(model)
+    bound = {} if seconds is None else {"clock": time.monotonic, "seconds": seconds}
+    with flushing():
+        reading, report = sleep(model, reading, config, key, tell=tell, **bound)  # type: ignore[arg-type]
+    return reading, report, Night(config, key, report.steps)
 
 
 def again(model: LevelledModel, reading: ReadingState, content: bytes) -> tuple[ReadingState, SleepReport]:

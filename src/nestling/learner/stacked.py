@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from nestling.levels import MaskedReader, Reader, StackConfig, Stacked, StackedEncoder, masked_tokens, stack
-from nestling.memory.state import flatten, unflatten
+from nestling.memory.state import unflatten
 from nestling.memory.structure import Weights
 from nestling.models.data import from_data, to_data
 
-from .files import contiguous, write_file
-from .states import fingerprint
+from .files import write_file
+from .states import fingerprint, read_fitting, write_fitting
 
 FORMAT = 1
 NAME = "stack.json"
@@ -135,22 +133,13 @@ def load_stacked(directory: Path) -> SavedStack:
 
 def save_levels(path: Path | str, model: Stacked, weights: tuple[Weights, ...], name: str) -> None:
     """Write the levels of a life: their weights, the pre-trained model's name and what they fit; nothing else."""
-    about = {"format": str(FORMAT), "base": name, "fits": stack_hash(model)}
-    write_file(Path(path), save(contiguous(flatten(weights)), metadata=about))
+    write_fitting(path, weights, stack_hash(model), base=name)
 
 
 def load_levels(path: Path | str, model: Stacked) -> tuple[Weights, ...]:
     """The levels in a file, for the stacked model that they were saved with: pass them as `weights=`. Raises ValueError
     naming the file where it is damaged, or of another model."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a file of levels, or damaged ({error})") from None
-    fits = stack_hash(model)
-    if about.get("fits") != fits:
-        raise ValueError(f"{path}: levels of {about.get('base')} ({about.get('fits')}), but this model is {fits}")
+    tensors, _ = read_fitting(path, stack_hash(model), "levels")
     return unflatten(tuple(tuple(w.detach() for w in maps) for maps in model.level_weights()), tensors)
 
 

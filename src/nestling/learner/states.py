@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.memory.state import flatten, unflatten
 
@@ -27,9 +27,8 @@ def fingerprint(module: nn.Module) -> str:
 
 def save_state(path: Path | str, state: Any, module: nn.Module) -> None:
     """Write the sequence state of a layer or model, whole or not at all, with the fingerprint of its weights."""
-    tensors = contiguous(flatten(state))
-    about = {"format": FORMAT, "fits": fingerprint(module), "rows": str(len(next(iter(tensors.values()))))}
-    write_file(Path(path), save(tensors, metadata=about))
+    rows = str(len(next(iter(flatten(state).values()))))
+    write_fitting(path, state, fingerprint(module), rows=rows)
 
 
 def load_state(path: Path | str, module: Any) -> Any:
@@ -37,15 +36,28 @@ def load_state(path: Path | str, module: Any) -> Any:
 
     Raises ValueError naming the file where it is damaged, of another format, or of a module with other weights.
     """
+    tensors, about = read_fitting(path, fingerprint(module), "state")
+    return unflatten(module.init_state(int(about["rows"])), tensors)
+
+
+def write_fitting(path: Path | str, state: Any, fits: str, **more: str) -> None:
+    """Write a state, whole or not at all, with what it fits and what else is to be known of it."""
+    write_file(Path(path), save(contiguous(flatten(state)), metadata={"format": FORMAT, "fits": fits, **more}))
+
+
+def read_fitting(path: Path | str, fits: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that `write_fitting` wrote, and what was to be known of them. Raises ValueError naming the file where
+    it is damaged, of another format, or fits something else."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a state file, or damaged ({error})") from None
+        raise ValueError(f"{path}: not a file of {what}, or damaged ({error})") from None
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: format {about.get('format')!r}; this version reads {FORMAT!r}")
-    fits = fingerprint(module)
-    if about["fits"] != fits:
-        raise ValueError(f"{path}: a state of a model with weights {about['fits']}, but these weights are {fits}")
-    return unflatten(module.init_state(int(about["rows"])), tensors)
+    if about.get("fits") != fits:
+        raise ValueError(
+            f"{path}: {what} of {about.get('base', 'a model')} ({about.get('fits')}), but this model is {fits}"
+        )
+    return tensors, about

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .fold import Done, LifeState
+from nestling.levels import level
+
+from .conversation import conversations, read_newest
+from .fold import Done, LifeState, digest
 from .journal import Journal
+from .pins import FOLDER
 from .recovery import folder_bytes
 from .snapshot import list_snapshots
 
@@ -36,6 +40,37 @@ def summed(done: Sequence[Done], levels: int) -> Learned:
         sum(one.held for one in done),
         any(one.quarantined for one in done),
     )
+
+
+def status(folder: Path, journal: Journal, levels: Sequence[level], state: LifeState, event: int) -> dict[str, Any]:
+    """What a life has come to and what it weighs."""
+    clocks = [int(own[0].elapsed.flatten()[0]) for own in state.reading.levels.rules]
+    return {
+        "event": event,
+        "waiting": len(journal.path_ids(journal.head[0], event)),
+        "position": int(state.reading.position),
+        "open_source": state.source,
+        "digest": digest(state),
+        "levels": [{"level": repr(lvl), "since_tick": at} for lvl, at in zip(levels, clocks, strict=True)],
+        "sources": sources(journal, state, event),
+        "conversations": talks(folder),
+        "snapshots": snapshots(folder),
+        "bytes": sizes(folder),
+    }
+
+
+def talks(folder: Path) -> dict[str, dict[str, Any]]:
+    """Per conversation: the event on whose state it stands, its turns, how many of them the life has learned from; and
+    what is wrong with one that cannot be read."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in conversations(folder):
+        try:
+            about = read_newest(folder / FOLDER / name)[1]
+            found[name] = {"event": about["event"], "turns": len(about["turns"]), "learned": about["learned"]}
+        except (ValueError, OSError) as error:
+            if (folder / FOLDER / name).exists():  # else it was forgotten meanwhile
+                found[name] = {"problem": str(error)}
+    return found
 
 
 def sources(journal: Journal, state: LifeState, event: int) -> dict[str, dict[str, Any]]:

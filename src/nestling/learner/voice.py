@@ -1,13 +1,13 @@
 """Reading and writing without learning: a sequence state of one's own, over levels that stand still."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestling.levels import LevelledModel
+from nestling.levels import LevelledModel, LevelsState, Reader
 from nestling.memory.state import detach
 from nestling.memory.structure import Weights
 from nestling.models.generate import sample
@@ -53,3 +53,20 @@ class Voice:
             token = sample(self.logits, temperature, generator)
             self.read(torch.tensor([token]))
             yield token
+
+
+def go_on(
+    model: LevelledModel, weights: tuple[Weights, ...], prompt: Tensor, tokens: int, temperature: float, seed: int
+) -> Iterator[int]:
+    """Yields tokens that go on from a prompt [n], from a fresh sequence state."""
+    voice = Voice(model, weights)
+    voice.read(prompt)
+    return voice.write(tokens, temperature=temperature, generator=draws(seed, "generate"))
+
+
+@torch.no_grad()
+def surprises(model: LevelledModel, levels: LevelsState, texts: Iterable[Tensor]) -> list[float]:
+    """Mean nats of a token of each text [n], each from a fresh sequence state; nothing is learned."""
+    reader = Reader(model, learning=False)
+    read = [reader.read(reader.begin(levels), text)[1] for text in texts]
+    return [float(out.nll[1:].double().mean()) for out in read]

@@ -13,10 +13,12 @@ newest good snapshot and the events after it give it back.
 """
 
 import hashlib
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +45,7 @@ from .lock import take
 from .machine import flushing
 from .pins import FOLDER, pinning
 from .recovery import check_witness, clean, newest_state, way_back
-from .sleeping import SOURCE, Night, growing, night_key
+from .sleeping import SOURCE, Night, default_night, growing, night_key, score
 from .snapshot import Snapshot, list_snapshots, read_snapshot, write_snapshot
 from .telling import Learned
 from .verify import Verified, verify_life
@@ -219,24 +221,38 @@ class Learner:
         self.catch_up()
 
     def sleep(
-        self, config: SleepConfig | None = None, *, seconds: float | None = None, tell: SleepTell | None = None
+        self,
+        config: SleepConfig | None = None,
+        *,
+        seconds: float | None = None,
+        probes: Mapping[str, Given] | None = None,
+        tell: SleepTell | None = None,
     ) -> SleepReport:
         """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
-        it is finished, so that a sleep that is cut short has not been. seconds: no pair is begun after so long, and the
-        one that is being seeded stops; what is finished stays, and its steps are what is journaled."""
+        it is finished, so that a sleep that is cut short has not been. config: `self.night()` by default. seconds: no
+        pair is begun after so long, and the one that is being seeded stops; what is finished stays, and its steps are
+        what is journaled. probes: texts by name, whose nats a token are told before and after."""
         self._writing()
         self.catch_up()
         model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
-        config = config or SleepConfig()
-        bound = {} if seconds is None else {"clock": time.monotonic, "seconds": seconds}
+        config = config or self.night()
+        scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
+        limit = math.inf if seconds is None else seconds
         with flushing():
-            reading, report = sleep(model, self.state.reading, config, key, tell=tell, **bound)  # type: ignore[arg-type]
-        content = Night(config, key, report.steps).write()
+            reading, report = sleep(
+                model, self.state.reading, config, key, probes=scores, clock=time.monotonic, seconds=limit, tell=tell
+            )
+        content = Night(config if report.dreamt else replace(config, dreaming=None), key, report.steps).write()
         (event,) = self.journal.append([Entry(SOURCE, content, 0, ends=False, kind="sleep")], self._ordinals)
         self.state, self.at = self.state._replace(reading=reading), event.id
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
         self._tokens_since += 1
         return report
+
+    def night(self) -> SleepConfig:
+        """The default sleep: one that costs at most a quarter of what was learned since the last (`affordable`; in
+        tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
+        return default_night(growing(self.model), self.journal.path_events(self.at))
 
     def _writing(self) -> None:
         if not self.write:

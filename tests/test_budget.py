@@ -109,7 +109,7 @@ class every(Schedule):
 
 def test_a_life_sleeps_once_it_can_pay_for_it() -> None:
     model = build(blocks=1)
-    text = TEXT.repeat(12)[:3_600]
+    text = TEXT.repeat(6)[:1_900]
     life, _, nights = live(model, begin(model), text, every())
     assert nights
     apart = [b.position - a for a, b in zip([0, *(n.position for n in nights)], nights, strict=False)]

@@ -200,6 +200,13 @@ MUTANTS = (
         "rewards - rewards.mean(1, keepdim=True)",
         "tests/test_sleep_parts.py",
     ),
+    Mutant("sleep/warm_start.py", "reduced_rank(h * opened[:, None], y", "reduced_rank(h, y", "tests/test_sleep.py"),
+    Mutant(
+        "levels/beside.py",
+        "output = output + read_slots",
+        "output = output - read_slots",
+        "tests/test_stacked_sleep.py",
+    ),
     Mutant("sleep/seed.py", "(groups.to(said) * said)", "(-groups.to(said) * said)", "tests/test_sleep.py"),
     Mutant(
         "sleep/student.py",

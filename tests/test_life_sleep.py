@@ -1,5 +1,6 @@
 """A sleep is one event of a life."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nestling.levels import Growing, level
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
-from nestling.sleep import SeedConfig, SleepConfig
+from nestling.sleep import DreamConfig, SeedConfig, SleepConfig, affordable
 
 QUICK = SleepConfig(dreams=6, held_out=4, length=12, seeding=replace(SeedConfig(), steps=3), least_recovered=-1e9)
 TEXT = "the quick brown fox jumps over the lazy dog. " * 4
@@ -80,6 +81,40 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["new", life, "--preset", "tiny", "--slots", "2", "--rank", "2"]) == 0
     assert main(["learn", life, str(text)]) == 0
     capsys.readouterr()
-    assert main(["sleep", life, "--steps", "2", "--dreams", "4"]) == 0
-    assert "32 -> 64" in capsys.readouterr().out
-    assert main(["verify", life]) == 0
+    assert main(["sleep", life]) == 2
+    assert "180 tokens were read since the last sleep, and a quarter of that buys no night" in capsys.readouterr().err
+    assert main(["sleep", life, "--steps", "2", "--dreams", "4", "--dream", "--probe", str(text), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (pair,) = told["pairs"]
+    assert (pair["fast"], pair["slow"], pair["steps"]) == (32.0, 64.0, 2)
+    assert set(told["probes"]["text.txt"]) == {"before", "awake", "after"}
+    assert len(told["dreamt"]["rounds"][0]["importance"]) == 8
+    assert told["seconds"] > 0
+    assert main(["verify", life, "--replay"]) == 0
+
+
+def test_a_default_sleep_is_paid_by_what_was_read_since_the_last(tmp_path: Path) -> None:
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT * 20, "fox")
+        told = life.night()
+        assert told == affordable(life.model, 20 * len(TEXT))
+        assert told.dreams >= 4
+        life.sleep(QUICK)
+        with pytest.raises(ValueError, match="0 tokens were read since the last sleep"):
+            life.sleep()
+
+
+def test_dreaming_is_replayed_where_it_was_begun(tmp_path: Path) -> None:
+    dreaming = DreamConfig(dreams=3, length=6, best=1, others=1, trial_steps=1, steps=2, learning_rate=0.1)
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT, "fox")
+        report = life.sleep(replace(QUICK, dreaming=dreaming))
+        assert report.dreamt is not None
+        assert report.dreamt.outcome in ("kept", "no dream helped", "no gain")
+        assert "dreaming: " in str(report)
+        late = life.sleep(replace(QUICK, dreaming=dreaming), seconds=0.0)
+        assert late.dreamt is None
+        assert [pair.outcome for pair in late.pairs] == ["out of time"]
+        end = bits(life)
+    with Learner.open(tmp_path / "life") as life:
+        assert same(bits(life), end)

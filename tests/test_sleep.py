@@ -38,6 +38,7 @@ from nestling.sleep import (
     reset,
     seed,
     sleep,
+    warm_start,
     within_budget,
 )
 from nestling.sleep.dreams import write_on
@@ -456,6 +457,32 @@ class TestSeeding:
             own = write_on(model, bare, torch.arange(0, 256, 4)[:, None], 8, draws("own"))
             apart[share] = distance(model, Views(bare, weights), [Dreams(own, 1)])
         assert apart[1.0] < 0.7 * apart[0.0], str(apart)
+
+    def test_a_warm_start_is_fitted_behind_its_gate(self) -> None:
+        """Oracle: least squares over every row of both kinds of dreams, each as the gate lets it through."""
+        model = build(rank=16)
+        teacher = lived(model).levels.weights
+        student = activate(model, model.level_weights(), (1,), 0, draws("slot"))
+        texts = [write_on(model, w, torch.arange(40)[:, None], 8, draws(i)) for i, w in enumerate((teacher, student))]
+        views = Views(teacher, student)
+        rehearsal = Rehearsal(student, (Dreams(texts[1], 1),))
+        found, _ = warm_start(model, views, Place((1,), 0), (0,), [Dreams(texts[0], 1)], 16, rehearsal)
+        slot = bank(model, found, 1)
+        inputs, targets = [], []
+        for weights, tokens in zip((teacher, student), texts, strict=True):
+            theirs, mine = [], []
+            model(tokens, weights=weights, taps=theirs)
+            model(tokens, weights=student, taps=mine)
+            inputs += mine[1].inputs[0].flatten(0, 1)
+            targets += (
+                theirs[0].outputs[-1] + theirs[1].outputs[-1] - mine[0].outputs[-1] - mine[1].outputs[-1]
+            ).flatten(0, 1)
+        rows = torch.stack([h / (1 + math.exp(-float(slot.gate[0, :-1] @ h + slot.gate[0, -1]))) for h in inputs])
+        ridge = math.sqrt(1e-4 * float((rows**2).sum()) / len(rows)) * torch.eye(16, dtype=F64)
+        expected = torch.linalg.lstsq(
+            torch.cat([rows, ridge]), torch.cat([torch.stack(targets), torch.zeros(16, 16, dtype=F64)])
+        ).solution
+        torch.testing.assert_close(slot.up[0] @ slot.down[0], expected.mT, rtol=1e-6, atol=1e-10)
 
     def test_a_wider_rank_carries_more(self) -> None:
         """What a linear slot can carry of the fast level by regression alone."""

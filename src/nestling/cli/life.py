@@ -15,7 +15,7 @@ from nestling.learner.verify import verify_life
 from nestling.levels import Growing
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
-from nestling.sleep import Pair, SleepConfig
+from nestling.sleep import DreamConfig, Pair, SleepConfig, SleepReport
 
 from .opening import learning_again, opened, say_notes
 from .reading import open_reader
@@ -121,21 +121,32 @@ def sleep(
     steps: int | None = None,
     seconds: float | None = None,
     dreams: int | None = None,
+    dream: bool = False,
+    probe: tuple[Path, ...] = (),
     json: bool = False,
 ) -> None:
     """Let a life sleep: what its fast levels hold goes to slots of slower ones, by distillation on its own dreams.
+
+    Without --steps, --seconds or --dreams, a night costs at most a quarter of what was read since the last.
 
     Args:
         directory: a life that was begun with --slots.
         steps: of seeding, for each pair of levels.
         seconds: no longer than this; what is finished then is kept.
         dreams: texts that the life writes for itself, for each pair.
+        dream: after that, learn from dreams of its own those that help it to write as it did before.
+        probe: files of text, whose surprise is told before and after.
         json: print the report as JSON.
     """
-    config = SleepConfig() if dreams is None else replace(SleepConfig(), dreams=dreams)
-    if steps is not None:
-        config = replace(config, seeding=replace(config.seeding, steps=steps))
+    texts = {path.name: path.read_bytes() for path in probe}
     with opened(directory) as life, progress() as bars:
+        config = life.night() if steps is None and seconds is None and dreams is None else SleepConfig()
+        if dreams is not None:
+            config = replace(config, dreams=dreams)
+        if steps is not None:
+            config = replace(config, seeding=replace(config.seeding, steps=steps))
+        if dream:
+            config = replace(config, dreaming=DreamConfig())
         tasks: dict[Pair, TaskID] = {}
 
         def tell(pair: Pair, done: int, total: int) -> None:
@@ -143,13 +154,20 @@ def sleep(
                 tasks[pair] = bars.add_task(f"{pair.fast:,.0f} -> {pair.slow:,.0f}", total=total, note="")
             bars.update(tasks[pair], completed=done + 1)
 
-        report = life.sleep(config, seconds=seconds, tell=tell)
+        report = life.sleep(config, seconds=seconds, probes=texts, tell=tell)
         event = life.at
     if json:
-        pairs = [{**pair._asdict(), "kept": pair.kept} for pair in report.pairs]
-        print_json({"event": event, "pairs": pairs, "slots": report.slots, "tokens": report.tokens})
+        print_json({"event": event, **_plain(report)})
         return
     print(report)
+
+
+def _plain(report: SleepReport) -> dict[str, Any]:
+    told = report._asdict() | {"pairs": [{**pair._asdict(), "kept": pair.kept} for pair in report.pairs]}
+    told["probes"] = {name: scores._asdict() for name, scores in report.probes.items()}
+    if report.dreamt is not None:
+        told["dreamt"] = report.dreamt._asdict() | {"rounds": [each._asdict() for each in report.dreamt.rounds]}
+    return told
 
 
 @app.command(name="history")

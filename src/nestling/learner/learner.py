@@ -15,7 +15,7 @@ newest good snapshot and the events after it give it back.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,7 +37,7 @@ from .journal import Entry, Journal
 from .kinds import read_model
 from .lock import take
 from .recovery import check_witness, clean, newest_state, way_back
-from .sleeping import SOURCE, fall_asleep, night_key
+from .sleeping import SOURCE, default_night, fall_asleep, growing, night_key, score
 from .snapshot import Snapshot, list_snapshots, write_snapshot
 from .talks import Talks
 from .telling import Learned
@@ -215,20 +215,33 @@ class Learner:
         self.catch_up()
 
     def sleep(
-        self, config: SleepConfig | None = None, *, seconds: float | None = None, tell: SleepTell | None = None
+        self,
+        config: SleepConfig | None = None,
+        *,
+        seconds: float | None = None,
+        probes: Mapping[str, Given] | None = None,
+        tell: SleepTell | None = None,
     ) -> SleepReport:
         """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
-        it is finished, so that a sleep that is cut short has not been. seconds: no pair is begun after so long, and the
-        one that is being seeded stops; what is finished stays, and its steps are what is journaled."""
+        it is finished, so that a sleep that is cut short has not been. config: `self.night()` by default. seconds: no
+        pair is begun after so long, and the one that is being seeded stops; what is finished stays, and its steps are
+        what is journaled. probes: texts by name, whose nats a token are told before and after."""
         self._writing()
         self.catch_up()
-        key = night_key(self.config.seed, self._ordinals[SOURCE])
-        reading, report, night = fall_asleep(self.model, self.state.reading, config, key, seconds, tell)
+        model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
+        config = config or self.night()
+        scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
+        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell)
         (event,) = self.journal.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")], self._ordinals)
         self.state, self.at = self.state._replace(reading=reading), event.id
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
         self._tokens_since += 1
         return report
+
+    def night(self) -> SleepConfig:
+        """The default sleep: one that costs at most a quarter of what was learned since the last (`affordable`; in
+        tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
+        return default_night(growing(self.model), self.journal.path_events(self.at))
 
     def _writing(self) -> None:
         if not self.write:

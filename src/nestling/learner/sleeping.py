@@ -2,18 +2,27 @@
 
 import hashlib
 import json
+import math
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
+
+from torch import Tensor
 
 from nestling.levels import Growing, LevelledModel, ReadingState
 from nestling.models.data import from_data, to_data
-from nestling.sleep import SleepConfig, SleepReport, sleep
-from nestling.sleep.night import Tell
+from nestling.sleep import SleepConfig, SleepReport, affordable, sleep
+from nestling.sleep.dreaming import mean_nats
+from nestling.sleep.night import Probe, Tell
 
+from .event import Event
 from .machine import flushing
 
 SOURCE = "sleep"
 """The source of sleeps: to forget it is to have stayed awake."""
+PROBED = 2048
+"""Tokens of a probe that are looked at."""
 
 
 class Night(NamedTuple):
@@ -46,19 +55,43 @@ def growing(model: LevelledModel) -> Growing:
 
 
 def fall_asleep(
-    model: LevelledModel,
+    model: Growing,
     reading: ReadingState,
-    config: SleepConfig | None,
+    config: SleepConfig,
     key: str,
     seconds: float | None,
+    probes: Mapping[str, Probe],
     tell: Tell | None,
 ) -> tuple[ReadingState, SleepReport, Night]:
     """The state after a sleep, its report, and what is to be journaled of it."""
-    config, model = config or SleepConfig(), growing(model)
-    bound = {} if seconds is None else {"clock": time.monotonic, "seconds": seconds}
+    bound = {"clock": time.monotonic, "seconds": math.inf if seconds is None else seconds}
     with flushing():
-        reading, report = sleep(model, reading, config, key, tell=tell, **bound)  # type: ignore[arg-type]
-    return reading, report, Night(config, key, report.steps)
+        reading, report = sleep(model, reading, config, key, probes=probes, tell=tell, **bound)  # type: ignore[arg-type]
+    return reading, report, Night(config if report.dreamt else replace(config, dreaming=None), key, report.steps)
+
+
+def default_night(model: Growing, path: Sequence[Event]) -> SleepConfig:
+    """The sleep that a quarter of what was learned since the last one buys, given the events of a life. Raises
+    ValueError where that is too little for any."""
+    awake = 0
+    for event in reversed(path):
+        if event.kind == "sleep":
+            break
+        awake += event.tokens
+    config = affordable(model, awake)
+    if config is None:
+        raise ValueError(
+            f"{awake:,} tokens were read since the last sleep, and a quarter of that buys no night; read more, or say "
+            "what the night may cost (nestling sleep --steps, --dreams or --seconds)"
+        )
+    return config
+
+
+def score(name: str, model: Growing, text: Tensor) -> Probe:
+    """A score of a life's weights: nats a token of the beginning of a text."""
+    if text.numel() < 2:
+        raise ValueError(f"probe {name!r}: needs at least 2 tokens, got {text.numel()}")
+    return lambda weights: mean_nats(model, weights, text[None, :PROBED].to(weights[0][0].device))
 
 
 def again(model: LevelledModel, reading: ReadingState, content: bytes) -> tuple[ReadingState, SleepReport]:

@@ -9,6 +9,7 @@ from nestling.memory.structure import Weights
 
 from .continuum import Taps, level
 from .slots import Slots
+from .stacking import StackedEncoder
 from .writing import LevelsState, begin
 
 
@@ -18,13 +19,17 @@ class Growing(nn.Module):
 
     A `Reader` of it lives, saves and forks as it does with the model alone, and its logits are those of the model, bit
     for bit, until a slot is filled. Slots belong to a life: they are in its `LevelsState`, after the levels of the
-    model, and the model stays as it is. model: any `LevelledModel` that takes `slots=`.
+    model, and the model stays as it is. model: a `Decoder`, a pre-trained decoder that
+    was stacked, or any `LevelledModel` that takes `slots=`.
     """
 
     def __init__(self, model: nn.Module, slots: int = 5, rank: int = 8) -> None:
         super().__init__()
         if slots < 1 or rank < 1:
             raise ValueError(f"slots and rank must be >= 1, got {slots} and {rank}")
+        if isinstance(model, StackedEncoder):
+            name = type(model.base).__name__
+            raise ValueError(f"{name} is an encoder and writes no dreams to sleep on; slots are for decoders")
         self.model, self.slots, self.rank = model, slots, rank
 
     @property

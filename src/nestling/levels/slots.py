@@ -33,6 +33,7 @@ class Slots(NamedTuple):
 
 def read_slots(bank: Slots, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
     """What the active slots of a bank answer to h [..., d]: [..., v]."""
+    h = h.to(bank.down.dtype)
     low = (h @ bank.down.flatten(0, 1).mT).unflatten(-1, bank.down.shape[:2])  # [..., s, r]
     opened = low * opening(bank, h)[..., None]
     return opened.flatten(-2) @ bank.up.mT.flatten(0, 1)
@@ -40,4 +41,5 @@ def read_slots(bank: Slots, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
 
 def opening(bank: Slots, h: Float[Tensor, "*n d"]) -> Float[Tensor, "*n s"]:
     """How far each slot is open to h: its gate, 0 where it is not active."""
+    h = h.to(bank.gate.dtype)
     return torch.sigmoid(h @ bank.gate[:, :-1].mT + bank.gate[:, -1]) * bank.active

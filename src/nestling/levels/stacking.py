@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from nestling.memory.structure import Weights
 
 from .attention_cache import CacheState, keep, place
+from .beside import read_beside
 from .continuum import Level, Taps, level
 from .layouts import Feedforward, LinearMap, find_feedforwards
 from .losses import Loss, next_token
 from .neurons import join_neurons, share_taps, split_neurons
+from .slots import Slots
 
+T = TypeVar("T")
 _CONTEXT = 1024  # tokens in the cache, where the model can take as many and nothing else is said
 
 
@@ -127,7 +130,7 @@ class Stacked(nn.Module):
             return tuple(found)
         return tuple(group for maps in found for group in split_neurons(maps, len(self.config.each)))
 
-    def _of_layer(self, index: int, weights: tuple[Weights, ...]) -> tuple[Weights, ...]:
+    def _of_layer(self, index: int, weights: tuple[T, ...]) -> tuple[T, ...]:
         count = len(weights) // len(self.feedforwards)
         return weights[index * count : (index + 1) * count]
 
@@ -140,8 +143,13 @@ class Stacked(nn.Module):
         return named
 
     @contextmanager
-    def _with(self, weights: tuple[Weights, ...] | None, taps: list[Taps] | None) -> Iterator[dict[str, Tensor]]:
-        """The parameters to call the pre-trained model with; while inside, its MLPs are listened to."""
+    def _with(
+        self, weights: tuple[Weights, ...] | None, taps: list[Taps] | None, slots: tuple[Slots, ...] = ()
+    ) -> Iterator[dict[str, Tensor]]:
+        """The parameters to call the pre-trained model with; while inside, its MLPs are listened to, and slots (one
+        bank for each level, none by default) are read beside them."""
+        if slots and len(slots) != len(self.levels):
+            raise ValueError(f"slots must have one entry for each of {len(self.levels)} levels, got {len(slots)}")
         extra = self.config.how == "low_rank"
         named = {} if weights is None or extra else self.placed(weights)
         own = self.level_weights() if weights is None and (extra or taps is not None) else weights
@@ -154,6 +162,8 @@ class Stacked(nn.Module):
                 handles += _listen(self.base, feedforward, heard, beside)
             elif taps is not None:
                 handles += _listen(self.base, feedforward, heard, None)
+            if slots:
+                handles += read_beside(self.base, feedforward, self._of_layer(index, slots))
         try:
             yield named
         finally:
@@ -210,6 +220,7 @@ class StackedDecoder(Stacked):
         *,
         weights: tuple[Weights, ...] | None = None,
         taps: list[Taps] | None = None,
+        slots: tuple[Slots, ...] = (),
         valid: Tensor | None = None,
     ) -> tuple[Tensor, CacheState]:
         from transformers import DynamicCache
@@ -224,7 +235,7 @@ class StackedDecoder(Stacked):
                 layer = cache.layers[index]
                 layer.keys, layer.values = keys[:, :, :used], values[:, :, :used]
         options = {"position_ids": window.positions, "attention_mask": window.mask, "past_key_values": cache}
-        with self._with(weights, taps) as named:
+        with self._with(weights, taps, slots) as named:
             out = self._call(named, "__call__", tokens, **options, use_cache=True)
         whole = [(layer.keys, layer.values) for layer in cache.layers]
         return _exact(out.logits), keep(whole, held, state, window.first, self.overlap)

@@ -1,6 +1,8 @@
 """Sleep: what the fast levels learned awake goes to slower ones, by distillation on the model's own dreams."""
 
+from .budget import affordable, night_tokens
 from .divergence import divergence
+from .dreaming import DreamConfig, DreamReport, Task, dream_of
 from .dreams import Dreams, Source, any_token, dream, mixture, own_samples, prefixes, self_study
 from .grow import activate, draws, first_free, used
 from .imitation import Heard, Meaning, as_likely, edit_distance, imitation, judged, likeness, nothing
@@ -15,6 +17,8 @@ from .waking import Lived, begin, live
 from .warm_start import reduced_rank, warm_start
 
 __all__ = [
+    "DreamConfig",
+    "DreamReport",
     "Dreams",
     "Heard",
     "Lived",
@@ -31,8 +35,10 @@ __all__ = [
     "SleepReport",
     "Source",
     "Student",
+    "Task",
     "Views",
     "activate",
+    "affordable",
     "after",
     "any_token",
     "as_likely",
@@ -43,6 +49,7 @@ __all__ = [
     "divergence",
     "draws",
     "dream",
+    "dream_of",
     "due",
     "edit_distance",
     "evict",
@@ -56,6 +63,7 @@ __all__ = [
     "merge",
     "merge_slots",
     "mixture",
+    "night_tokens",
     "nights",
     "no_reservoir",
     "nothing",

@@ -12,8 +12,9 @@ from nestling.levels import Growing, LevelsState, Slots
 from nestling.levels.reading import constant
 from nestling.memory.structure import Weights
 
-from .dreams import write_on
+from .dreams import Source, dream, write_on
 from .grow import activate, change_banks, draws, first_free, levels_of
+from .reservoir import Reservoir
 from .seed import Place, detached
 
 _OPEN = 30.0  # sigmoid(30) is 1 in float32
@@ -27,6 +28,27 @@ class Task(NamedTuple):
     context: Tensor
     reference: Tensor
     tuning: Tensor
+
+
+def own_task(
+    model: Growing,
+    weights: tuple[Weights, ...],
+    source: Source,
+    texts: int,
+    length: int,
+    key: object,
+    *,
+    reservoir: Reservoir,
+) -> Task:
+    """A task for which no text is kept: to go on writing as these weights do. They write its reference and tuning
+    texts, `texts` of each, from what `source` gives first; dreams begin with another of its prompts."""
+
+    def written(name: str) -> Tensor:
+        generator = draws(key, name)
+        return dream(model, weights, source, texts, length, generator, reservoir=reservoir)[0].tokens
+
+    (context, *_) = source.for_model(model).prompts(1, reservoir, draws(key, "context"))
+    return Task(context[0].to(weights[0][0].device), written("reference"), written("tuning"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +94,14 @@ class DreamReport(NamedTuple):
     before: float
     after: float
     rounds: tuple[Dreamt, ...]
+
+    def __str__(self) -> str:
+        tried, helped = (sum(map(len, (r.tried for r in self.rounds))), sum(sum(r.rewards) for r in self.rounds))
+        written = sum(len(r.importance) for r in self.rounds)
+        return (
+            f"dreaming: {self.outcome}; {written} dreams, {tried} tried, {helped} helped; "
+            f"{self.before:.4f} -> {self.after:.4f} nats a token"
+        )
 
 
 def dream_of(

@@ -27,6 +27,10 @@ class Dreams(NamedTuple):
 class Source(Part, family=True):
     """What dreams begin with."""
 
+    def for_model(self, model: Growing) -> "Source":
+        """The same for a model: what was left open is the model's own."""
+        return self
+
     @abstractmethod
     def prompts(self, count: int, reservoir: Reservoir, generator: torch.Generator) -> list[Tensor]:
         """`count` prompts in all, int64 [n, t] by length."""
@@ -45,11 +49,20 @@ class own_samples(Source):
 
 @dataclass(frozen=True, repr=False)
 class any_token(Source):
-    """One token, each of the vocabulary as often as the others: wider than own samples, and as little is kept."""
+    """One token, each of the vocabulary as often as the others: wider than own samples, and as little is kept.
+    vocabulary: how many there are; None: as many as the model predicts."""
 
-    vocabulary: int = 256
+    vocabulary: int | None = None
+
+    def for_model(self, model: Growing) -> "any_token":
+        if self.vocabulary is not None:
+            return self
+        device = next(model.parameters()).device
+        return any_token(model(torch.zeros(1, 1, dtype=torch.int64, device=device))[0].shape[-1])
 
     def prompts(self, count: int, reservoir: Reservoir, generator: torch.Generator) -> list[Tensor]:
+        if self.vocabulary is None:
+            raise ValueError("any_token() does not know how many tokens there are: say vocabulary=, or for_model(...)")
         return [torch.randint(0, self.vocabulary, (count, 1), generator=generator)]
 
 
@@ -121,6 +134,9 @@ class mixture(Source):
         if len(self.of) != len(self.shares) or min(self.shares, default=-1) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"mixture: needs a share in [0, 1] for each source, together 1; got {self.shares}")
 
+    def for_model(self, model: Growing) -> "mixture":
+        return mixture(tuple(source.for_model(model) for source in self.of), self.shares)
+
     def prompts(self, count: int, reservoir: Reservoir, generator: torch.Generator) -> list[Tensor]:
         edges = [round(count * sum(self.shares[:k])) for k in range(len(self.of) + 1)]
         counts = [end - start for start, end in pairwise(edges)]
@@ -176,7 +192,7 @@ def dream(
     sequence state that the teacher dreams in (see `sleep`)."""
     device = weights[0][0].device
     found = []
-    for prompts in source.prompts(count, reservoir, generator):
+    for prompts in source.for_model(model).prompts(count, reservoir, generator):
         parts = [
             write_on(
                 model,

@@ -9,6 +9,7 @@ from nestling.levels import Growing, LevelsState, Reader, ReadingState
 from nestling.memory.state import detach, stack
 from nestling.memory.structure import Weights
 
+from .dreaming import DreamConfig, DreamReport, dream_of, own_task
 from .dreams import Dreams, Source, any_token, dream
 from .grow import activate, draws, first_free, levels_of, masked, used
 from .prune import Made, WhenFull, refuse
@@ -46,6 +47,7 @@ class SleepConfig:
     when_full: WhenFull = refuse()
     rehearsal: float = 1.0  # dreams of the student itself, before it is taught, as a share of `dreams`
     least_recovered: float = 0.0  # share of the divergence that seeding must take away for a pair to be kept
+    dreaming: DreamConfig | None = None  # dream once all pairs are done, of writing as before the sleep
 
     def __post_init__(self) -> None:
         for name in ("dreams", "held_out", "length"):
@@ -122,7 +124,7 @@ def sleep(
         reports.append(report)
         if report.kept:
             moved.update(levels_of(model, pair.fast), levels_of(model, pair.slow) if _own(config) else ())
-    after = _merged(model, current, learned, moved)
+    after, dreamt = night.dreaming(learned, _merged(model, current, learned, moved))
     scores = {
         name: Scores(probe(before.weights), probe(learned.weights), probe(after.weights))
         for name, probe in (probes or {}).items()
@@ -135,6 +137,7 @@ def sleep(
         sum(report.tokens for report in reports),
         reservoir.bytes_stored,
         bound.now - bound.began,
+        dreamt,
     )
     return _woken(state, after), told
 
@@ -223,7 +226,7 @@ class _Night(NamedTuple):
         student = config.student.of(model, current, learned, fast)
         views = Views(current.weights, student.weights, teaching, None)
         students = self._students(views, current, learned, before, fast, held)
-        start = distance(model, views, held)
+        start = students[type(config.student).__name__]
         if start == 0.0:
             return current, _nothing(pair, "nothing to move", 0)._replace(students=students, before=start)
         made = self._room(student.weights, hosts, dreams)
@@ -260,6 +263,19 @@ class _Night(NamedTuple):
             self.bound.now - began,
         )
         return (student._replace(weights=done.weights) if outcome == KEPT else current), report
+
+    def dreaming(self, teacher: LevelsState, rested: LevelsState) -> tuple[LevelsState, DreamReport | None]:
+        """The second stage: what the life that went to sleep would write is what dreams are tried on."""
+        config = self.config
+        if config.dreaming is None or self.bound.passed():
+            return rested, None
+        key = (self.key, "dreaming")
+        told = (config.source, config.held_out, config.length, key)
+        try:
+            task = own_task(self.model, teacher.weights, *told, reservoir=self.reservoir)
+            return dream_of(self.model, rested, task, config.dreaming, key)
+        except FloatingPointError:
+            return rested, DreamReport("not finite", None, math.nan, math.nan, ())
 
     def _grown(self, pair: Pair, views: Views, made: Made, hosts: tuple[int, ...]) -> tuple[Place, Views]:
         """Where the student is to learn, and the student with a new slot there."""

@@ -1,6 +1,9 @@
 """What a sleep did, pair by pair."""
 
+import math
 from typing import NamedTuple
+
+from .dreaming import DreamReport
 
 KEPT = "kept"
 
@@ -50,7 +53,7 @@ class Scores(NamedTuple):
 
 class SleepReport(NamedTuple):
     """A whole sleep. slots: active ones beside the levels of each period, of `room` each. bytes_stored: of wake text.
-    seconds: nan where no clock was given."""
+    seconds: nan where no clock was given. dreamt: what dreaming came to, where it was asked for and begun."""
 
     pairs: tuple[PairReport, ...]
     probes: dict[str, Scores]
@@ -59,6 +62,7 @@ class SleepReport(NamedTuple):
     tokens: int
     bytes_stored: int
     seconds: float
+    dreamt: DreamReport | None = None
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -75,9 +79,11 @@ class SleepReport(NamedTuple):
             f"{name}: {s.before:.4f} before, {s.awake:.4f} awake, {s.after:.4f} after"
             for name, s in self.probes.items()
         ]
+        lines += [str(self.dreamt)] if self.dreamt else []
+        spent = "" if math.isnan(self.seconds) else f" in {self.seconds:.1f} seconds"
         held = ", ".join(f"{n} of {self.room} at {_period(period)}" for period, n in self.slots.items())
         return "\n".join(
-            [*lines, f"slots: {held}; {self.tokens:,} tokens; {self.bytes_stored} bytes of wake text stored"]
+            [*lines, f"slots: {held}; {self.tokens:,} tokens{spent}; {self.bytes_stored} bytes of wake text stored"]
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestling.levels import Growing, Reader, ReadingState
 
+from .budget import affordable
 from .grow import used
 from .night import Probe, SleepConfig, sleep
 from .report import SleepReport
@@ -45,14 +46,16 @@ def live(
     life: Lived,
     tokens: Tensor,
     schedule: Schedule,
-    config: SleepConfig = SleepConfig(),
+    config: SleepConfig | None = None,
     key: object = 0,
     *,
     probes: Mapping[str, Probe] | None = None,
 ) -> tuple[Lived, Tensor, list[Night]]:
     """Read tokens [n], sleeping where the schedule says so: the life after them, the nats of every token, the sleeps.
 
-    A sleep's draws are keyed by `key` and its position, so that one pass = split passes, as in `Reader.read`.
+    config: None for nights that cost at most a quarter of the waking time before them (`affordable`); where that is too
+    little for a night, the life stays awake. A sleep's draws are keyed by `key` and its position, so that one pass =
+    split passes, as in `Reader.read`.
     """
     reader, nats, slept = Reader(model), [], []
     while tokens.numel():
@@ -74,7 +77,7 @@ def _asked(
     model: Growing,
     life: Lived,
     schedule: Schedule,
-    config: SleepConfig,
+    config: SleepConfig | None,
     key: object,
     probes: Mapping[str, Probe] | None,
 ) -> tuple[Lived, list[Night]]:
@@ -84,9 +87,10 @@ def _asked(
     moment = Moment(position, position - life.slept, surprise, life.best, shares)
     chosen = schedule.pairs(model.own, moment)
     life = life._replace(recent=life.recent[:0], best=min(life.best, surprise))
-    if not chosen:
+    told = config or affordable(model, moment.awake, chosen=chosen)
+    if not chosen or told is None:
         return life, []
     reading, report = sleep(
-        model, life.reading, config, (key, position), only=chosen, reservoir=life.reservoir, probes=probes
+        model, life.reading, told, (key, position), only=chosen, reservoir=life.reservoir, probes=probes
     )
     return life._replace(reading=reading, slept=position, best=math.inf), [Night(position, report)]

@@ -65,8 +65,10 @@ def warm_start(
     slot = place.slot
     assert slot is not None
     student, left = views.student, []
-    lessons = [(views.teacher, views.teacher_state, part) for part in dreams]
-    own = [(rehearsal.weights, views.student_state, part) for part in rehearsal.dreams] if rehearsal else []
+    lessons = [_lesson(model, views.teacher, views.teacher_state, part) for part in dreams]
+    own = (
+        [_lesson(model, rehearsal.weights, views.student_state, part) for part in rehearsal.dreams] if rehearsal else []
+    )
     for host in place.hosts:
         levels = range(max((i for i in fast if i <= host), default=host), host + 1)
         h, y = _targets(model, student, lessons, levels, views.student_state)
@@ -101,36 +103,44 @@ def discriminant(these: Tensor, others: Tensor, ridge: float = 0.1) -> Tensor:
     return torch.cat([w, c[None]]).to(these)
 
 
+class _Lesson(NamedTuple):
+    """Texts, and what a teacher's levels received and gave in them."""
+
+    texts: Dreams
+    weights: tuple[Weights, ...]
+    taps: list[Taps]
+
+
+def _lesson(model: Growing, weights: tuple[Weights, ...], states: States | None, texts: Dreams) -> _Lesson:
+    return _Lesson(texts, weights, _heard(model, weights, texts, states))
+
+
+def _heard(model: Growing, weights: tuple[Weights, ...], texts: Dreams, states: States | None) -> list[Taps]:
+    taps: list[Taps] = []
+    state = None if states is None else states(len(texts.tokens))
+    model(texts.tokens, state, weights=weights, taps=taps)
+    return taps
+
+
 def _targets(
     model: Growing,
     student: tuple[Weights, ...],
-    lessons: Sequence[tuple[tuple[Weights, ...], States | None, Dreams]],
+    lessons: Sequence[_Lesson],
     levels: range,
     states: States | None,
 ) -> tuple[Tensor, Tensor]:
     """What the last of some levels receives in the student [n, d], and what these levels answer less than a teacher's
     [n, v], over the dreams of all lessons."""
     inputs, targets = [], []
-    for teacher, its_states, part in lessons:
-        theirs = _answered(model, teacher, part.tokens, its_states, levels)
-        mine = _answered(model, student, part.tokens, states, levels)
-        inputs.append(mine.inputs)
-        targets.append(theirs.answers - mine.answers)
+    for lesson in lessons:
+        mine = _heard(model, student, lesson.texts, states)
+        inputs.append(mine[levels[-1]].inputs[0].flatten(0, -2))
+        targets.append(_answers(model, lesson.weights, lesson.taps, levels) - _answers(model, student, mine, levels))
     return torch.cat(inputs), torch.cat(targets)
 
 
-class _Answered(NamedTuple):
-    inputs: Tensor  # [n, d] of the last of some levels
-    answers: Tensor  # [n, v] of all of them together, with their slots
-
-
-def _answered(
-    model: Growing, weights: tuple[Weights, ...], tokens: Tensor, states: States | None, levels: range
-) -> _Answered:
-    """What some levels of one block and their slots add to the stream."""
-    taps: list[Taps] = []
-    model(tokens, None if states is None else states(len(tokens)), weights=weights, taps=taps)
+def _answers(model: Growing, weights: tuple[Weights, ...], taps: list[Taps], levels: range) -> Tensor:
+    """What some levels and their slots add to the stream [n, v]."""
     blocks = {id(taps[i].outputs[-1]): taps[i].outputs[-1] for i in levels}  # groups of neurons share theirs
     beside = [read_slots(bank(model, weights, i), taps[i].inputs[0]) for i in levels]
-    total = torch.stack([*blocks.values(), *beside]).sum(0)
-    return _Answered(taps[levels[-1]].inputs[0].flatten(0, -2), total.flatten(0, -2))
+    return torch.stack([*blocks.values(), *beside]).sum(0).flatten(0, -2)

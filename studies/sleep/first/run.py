@@ -1,14 +1,15 @@
 """Does sleep keep what a life has learned? Four arms and their controls, read on real text that is held out.
 
     python studies/sleep/first/run.py --quick [--texts FOLDER]
-    python studies/sleep/first/run.py --full --texts FOLDER
+    python studies/sleep/first/run.py --full --texts FOLDER [--resume]
 
 A small Hope-Attention is pre-trained on English documentation, then lives through bodies of text that follow one
 another, and rests after every `night` tokens. Each arm is run at several step sizes, so that arms can be compared at
 equal plasticity: forgetting is read off the no-sleep arm's frontier where it has learned as much of the newest body.
 
 texts: a folder with more bodies, one file *.txt or *.txt.xz each; the last tenth of each is held out. Without it the
-bodies are the Python source and the Unicode names that come with Python. Results: results/<form>.json beside this file.
+bodies are the Python source and the Unicode names that come with Python. Results: results/<form>.json beside this file,
+written after every life; --resume goes on from what is there. `summary.py` reads it.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import json
 import lzma
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
 from nestling.sleep import SeedConfig, SleepConfig, any_token, merge, mixture, prefixes
 from nestling.sleep.arms import Arm, ewc, extra_passes, fall_back, no_sleep, off_policy, replay, sleeping
-from nestling.tasks.embedded import embedded_bodies
+from nestling.sleep.grow import draws
+from nestling.tasks.embedded import Body, check_no_leak, embedded_bodies
 from nestling.tasks.record import write_result
 from nestling.train import Stream, TrainConfig, Trainer
 
@@ -44,7 +46,8 @@ OLD = "english"
 class Form:
     """How much of the study is done."""
 
-    runs: int  # pairs of a seed and an order of bodies
+    runs: tuple[int, ...]  # each a seed and an order of bodies
+    arms: tuple[str, ...]
     dim: int
     train_steps: int
     body_bytes: int  # read of each body
@@ -57,7 +60,18 @@ class Form:
 
 SEEDING = SeedConfig(steps=16, prefixes=4, completions=2, learning_rate=3e-3)
 QUICK = Form(
-    runs=4,
+    runs=(0, 1, 2, 3),
+    arms=(
+        "none",
+        "sleep, no rehearsal",
+        "sleep",
+        "regression alone",
+        "off policy",
+        "replay",
+        "extra passes",
+        "fall back",
+        "ewc",
+    ),
     dim=48,
     train_steps=150,
     body_bytes=4_096,
@@ -67,17 +81,16 @@ QUICK = Form(
     frontier=(0.03, 0.06, 0.12, 0.25, 0.5, 1.0),
     sleep=SleepConfig(seeding=SEEDING, dreams=48, held_out=24, length=24, rehearsal=0.0, when_full=merge()),
 )
+# Settings were chosen on runs 0 to 3 (the quick form) and 100; the full form's runs are others.
 FULL = replace(
     QUICK,
-    runs=8,
-    dim=128,
-    train_steps=2_000,
-    body_bytes=65_536,
-    night=16_384,
-    held_out=32_768,
-    scales=(0.25, 0.5, 1.0, 2.0),
-    frontier=(0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0),
-    sleep=replace(QUICK.sleep, seeding=replace(SEEDING, steps=100, prefixes=8, completions=4), dreams=256, length=64),
+    runs=tuple(range(10, 18)),
+    arms=("none", "sleep", "sleep, reservoir", "replay", "extra passes"),
+    train_steps=300,
+    body_bytes=6_144,
+    night=3_072,
+    frontier=(0.03, 0.06, 0.12, 0.25, 0.5),
+    sleep=replace(QUICK.sleep, seeding=replace(SEEDING, steps=8, prefixes=8, learning_rate=1e-3)),
 )
 PERIODS = (64, 512)
 
@@ -86,12 +99,13 @@ def arms(form: Form) -> dict[str, Arm]:
     """By name. Reservoirs are of the same size; a night of replay reads as many tokens as were read awake / 4."""
     held = 4_096 // form.sleep.length
     mixed = mixture((any_token(), prefixes(form.sleep.length // 2)), (0.5, 0.5))
+    rehearsed = replace(form.sleep, rehearsal=1.0)
     return {
         "none": no_sleep(),
-        "sleep": sleeping(form.sleep),
-        "sleep, reservoir": sleeping(replace(form.sleep, source=mixed), held, form.sleep.length),
-        "sleep, rehearsal": sleeping(replace(form.sleep, rehearsal=1.0)),
-        "regression alone": sleeping(replace(form.sleep, rehearsal=1.0, seeding=replace(form.sleep.seeding, steps=0))),
+        "sleep, no rehearsal": sleeping(form.sleep),
+        "sleep": sleeping(rehearsed),
+        "sleep, reservoir": sleeping(replace(rehearsed, source=mixed), held, form.sleep.length),
+        "regression alone": sleeping(replace(rehearsed, seeding=replace(form.sleep.seeding, steps=0))),
         "replay": replay(held, form.sleep.length, form.night // 4),
         "extra passes": extra_passes(1, form.night // 4),
         "off policy": off_policy(form.sleep),
@@ -100,17 +114,24 @@ def arms(form: Form) -> dict[str, Arm]:
     }
 
 
-def bodies(form: Form, texts: Path | None, seed: int) -> dict[str, tuple[bytes, bytes]]:
-    """(read, held out) by name; the first is what the model is pre-trained on."""
-    found = {}
-    for name, body in embedded_bodies(held_out_bytes=max(8_192, form.held_out), seed=seed).items():
-        found[name] = (b"\n".join(body.read), b"\n".join(body.held_out)[: form.held_out])
+def bodies(form: Form, texts: Path | None) -> dict[str, Body]:
+    """By name; pre-training's first. No held-out text shares 50 bytes with any that is read."""
+    found = embedded_bodies(held_out_bytes=32_768)
     for file in sorted([*texts.rglob("*.txt"), *texts.rglob("*.txt.xz")]) if texts else []:
         text = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
         edge = len(text) * 9 // 10
         if edge >= form.body_bytes and len(text) - edge >= form.held_out:
-            found[file.name.partition(".")[0]] = (text[:edge], text[edge : edge + form.held_out])
+            name = file.parent.name if file.name.startswith("input") else file.name.partition(".")[0]
+            found[name] = Body(name, (text[:edge],), (text[edge : edge + 32_768],))
+    check_no_leak(found)
     return found
+
+
+def piece(documents: tuple[bytes, ...], size: int, *key: object) -> bytes:
+    """Some bytes of a body, from a place of a run's own."""
+    text = b"\n".join(documents)
+    start = int(torch.randint(0, max(1, len(text) - size), (1,), generator=draws(*key)))
+    return text[start : start + size]
 
 
 def pretrained(form: Form, english: bytes, seed: int) -> Decoder:
@@ -214,41 +235,51 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of arms")
     parser.add_argument("--runs", nargs="*", type=int, help="numbers of runs; all by default")
     parser.add_argument("--bodies", type=int, default=3, help="bodies of a life")
+    parser.add_argument("--resume", action="store_true", help="keep the lives that the result file holds")
     parser.add_argument("--out", default=None)
     told = parser.parse_args()
-    chosen = FULL if told.full else QUICK
+    form, name = (FULL, "full") if told.full else (QUICK, "quick")
+    name = told.out or name
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    results: list[dict[str, Any]] = []
-    for run in told.runs or range(chosen.runs):
-        texts = bodies(chosen, told.texts, run)
-        model = pretrained(chosen, texts[OLD][0], run)
-        names = [name for name in texts if name != OLD]
-        order = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(run)).tolist()]
-        order = order[: told.bodies]
-        days = [(name, texts[name][0][: chosen.body_bytes]) for name in order]
-        for scale in sorted({*chosen.scales, *chosen.frontier}):
-            growing = scaled(model, scale)
-            probes = {
-                name: lambda s, held=texts[name][1]: BITS * mean_surprise(growing, [held], weights=s.levels.weights)  # noqa: B023
-                for name in [OLD, *order]
-            }
-            for name, arm in arms(chosen).items():
-                if (told.only and name not in told.only) or scale not in (
-                    chosen.frontier if name == "none" else chosen.scales
-                ):
-                    continue
-                lived = live(growing, arm, days, probes, chosen.night, (run, "life"))
-                found = {"run": run, "order": order, "scale": scale, "arm": name} | measures(lived["bits"], order)
-                results.append(found | lived)
-                print(json.dumps(found | {k: lived[k] for k in ("seconds at rest", "bytes stored")}), flush=True)
-                about = {
-                    "form": repr(chosen),
-                    "texts": sorted(texts),
-                    "at equal plasticity": at_equal_plasticity(results),
-                }
-                about["lives"] = results
-                write_result(HERE / "results", told.out or ("full" if told.full else "quick"), about)  # what there is
+    file = HERE / "results" / f"{name}.json"
+    lives: list[dict[str, Any]] = json.loads(file.read_text())["lives"] if told.resume and file.exists() else []
+    texts = bodies(form, told.texts)
+    for run in told.runs or form.runs:
+        for life in run_lives(form, texts, run, told.bodies, told.only or form.arms, lives):
+            lives.append(life)
+            about = {"form": repr(form), "texts": sorted(texts), "at equal plasticity": at_equal_plasticity(lives)}
+            write_result(HERE / "results", name, about | {"lives": lives})
+            said = ("run", "arm", "scale", "learned", "forgotten", "seconds awake", "seconds at rest")
+            print(json.dumps({key: life[key] for key in said}), flush=True)
+
+
+def run_lives(
+    form: Form, texts: dict[str, Body], run: int, count: int, names: Sequence[str], done: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Every life of one run that has not been lived yet."""
+    orders = list(permutations(sorted(name for name in texts if name != OLD), count))
+    order = list(orders[run % len(orders)])
+    held_out = {name: piece(texts[name].held_out, form.held_out, run, name, "held out") for name in [OLD, *order]}
+    days = [(name, piece(texts[name].read, form.body_bytes, run, name, "read")) for name in order]
+    lived = {(life["run"], life["arm"], life["scale"]) for life in done}
+    wanted = [
+        (scale, name)
+        for scale in sorted({*form.scales, *form.frontier})
+        for name in names
+        if scale in (form.frontier if name == "none" else form.scales) and (run, name, scale) not in lived
+    ]
+    model = pretrained(form, b"\n".join(texts[OLD].read), run) if wanted else None
+    for scale, name in wanted:
+        assert model is not None
+        growing = scaled(model, scale)
+        probes = {body: _probe(growing, text) for body, text in held_out.items()}
+        life = live(growing, arms(form)[name], days, probes, form.night, (run, "life"))
+        yield {"run": run, "order": order, "scale": scale, "arm": name} | measures(life["bits"], order) | life
+
+
+def _probe(model: Growing, text: bytes) -> Callable[[ReadingState], float]:
+    return lambda state: BITS * mean_surprise(model, [text], weights=state.levels.weights)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from nestling.tasks.state_tracking import BINS, LANGUAGES, NO, VOCABULARY, YES, 
 
 SELF_MODIFYING = self_modifying(
     matrix(),
-    rule=retain(decay_to_start(), delta_gradient_descent(clip())),
+    rule=retain(decay_to_start(), delta_gradient_descent(clip(bound=0.5))),
     chunk=1,
     projection_chunk=1,
-    step_bound=8.0,
+    step_bound=16.0,
     convolution=1,
     way="recurrent",
 )

@@ -5,17 +5,22 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nestling.memory import (
+    Gates,
     clip,
     dampen,
     decay,
     decay_to_start,
     delta_gradient_descent,
+    gradient_descent,
+    matrix,
     momentum,
     retain,
 )
-from nestling.sequence import self_modifying, sequence_memory
+from nestling.sequence import Memory, self_modifying, sequence_memory
+from nestling.sequence.scan import Writes
 
 DIM, HEADS, CHUNK, CHUNKS = 32, 2, 8, 100
 SHUT, OFTEN, OPEN = -20.0, 3.0, 20.0  # raw gates: sigmoid at 0, 0.95 and 1 (an average of updates, nothing forgotten)
@@ -127,3 +132,26 @@ def test_keys_and_values_have_their_norm_whatever_the_memories_say():
         )
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(1, HEADS, 5))
     torch.testing.assert_close(values.norm(dim=-1), layer.value_scale.expand(1, 5, HEADS).mT.detach())
+
+
+@pytest.mark.parametrize("direction", [clip(), gradient_descent()])
+def test_a_bound_on_the_error_gives_a_flip_its_size(direction):
+    """One key again and again, and a value against it: what is stored under the key changes sign with every write.
+    Times 1 - eta' (2 - k.v), here -1.175, each time; with the error bounded, eta' / (2 - eta') in the end."""
+    memory = Memory(
+        matrix(), rule=retain(decay_to_start(), delta_gradient_descent(direction)), chunk=1, way="recurrent"
+    )
+    generator = torch.Generator().manual_seed(0)
+    key = F.normalize(torch.randn(1, 1, 1, 8, generator=generator, dtype=torch.float64), dim=-1)
+    gates = Gates(torch.full((1, 1, 1), 3.0, dtype=torch.float64), 0.0, torch.zeros(1, 1, 1, dtype=torch.float64))
+    state = memory.begin((torch.randn(1, 1, 8, 8, generator=generator, dtype=torch.float64) / 8,))
+    first = key @ state.running[0].mT
+    reads = []
+    for _ in range(60):
+        y, state = memory.run(memory.open(state, True), Writes(key, -0.9 * key, gates, own_targets=True), key)
+        reads.append(y)
+    assert all((a * b).sum() < 0 for a, b in itertools.pairwise(reads)), "every write flips"
+    bounded = isinstance(direction, clip)
+    last = (0.75 / (2 - 0.75)) if bounded else 1.175**60 * first.norm().item()
+    torch.testing.assert_close(reads[-1].norm().item(), last)
+    torch.testing.assert_close(F.cosine_similarity(reads[-1], first, dim=-1).item(), 1.0)

@@ -67,3 +67,10 @@ def test_what_does_not_exist_is_refused():
         draw("(abab)*", 4, 1, 3, seed=0)
     with pytest.raises(ValueError, match="unknown language 'dyck'"):
         draw("dyck", 4, 2, 50, seed=0)
+
+
+def test_margins_are_those_of_positions_inside():
+    strings = draw("(aa)*", 1, 2, 6, seed=0)
+    logits = 2.0 * F.one_hot(strings.answers, VOCABULARY).double()
+    logits[0, 1] = torch.tensor([9.0, 9.0, 0.5, 0.75])  # right is YES; other symbols do not count
+    assert strings.margins(logits).tolist() == [2.0, -0.25] + [2.0] * 10, "2 + 4 + 6 positions, and none after an end"

@@ -40,8 +40,17 @@ class Strings:
     def solved(self, logits: Tensor) -> float:
         """The share of strings with the right answer [n, t, V] at every position."""
         right = logits[..., YES : NO + 1].argmax(-1) + YES == self.answers
-        after = torch.arange(self.symbols.shape[1]) >= self.lengths[:, None]
-        return (right | after).all(1).double().mean().item()
+        return (right | ~self.inside).all(1).double().mean().item()
+
+    def margins(self, logits: Tensor) -> Tensor:
+        """The right answer's logit [n, t, V] less the other's, at every position inside a string [positions]."""
+        ahead = logits[..., YES] - logits[..., NO]
+        return torch.where(self.answers == YES, ahead, -ahead)[self.inside]
+
+    @property
+    def inside(self) -> Tensor:
+        """Which positions are in a string, and not after its end [n, t]."""
+        return torch.arange(self.symbols.shape[1]) < self.lengths[:, None]
 
 
 def draw(language: str, count: int, shortest: int, longest: int, seed: int, *, varied: bool = False) -> Strings:

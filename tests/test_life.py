@@ -345,3 +345,15 @@ def test_remembered_is_evaluated_on_what_was_read(life: Learner) -> None:
     life.learn(text(2), "two")
     first = bytes(text(2)[:64])  # the first event of it
     assert life.remembered() == {"one": life.evaluate([text(1)[:64]])[0], "two": life.evaluate([first])[0]}
+
+
+def test_evaluation_by_hand(life: Learner) -> None:
+    """The levels as they stand, and one forward pass."""
+    life.learn(text(1), "one")
+    tokens = torch.tensor(list(text(1)))
+    logits, _ = MODEL(tokens[None], weights=life.state.reading.levels.weights)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:]).item()
+    at_birth = torch.nn.functional.cross_entropy(MODEL(tokens[None])[0][0, :-1], tokens[1:]).item()
+    (found,) = life.evaluate([text(1)])
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(at_birth - expected) > 1e-4 * expected

@@ -178,7 +178,7 @@ def measure(mixer: str, tokens: int, rounds: int) -> dict[str, Any]:
     ):
         ratios[f"{name}: learning / peers' unit"] = seconds[f"learn, {name}"] / unit
         ratios[f"{name}: update pass / peers' unit"] = (seconds[f"learn, {name}"] - seconds[f"read, {name}"]) / unit
-    peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if name != "Transformer block, forward"}
+    peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if "block" not in name and "periods" not in name}
     return {"seconds": seconds, "tokens_per_s": {k: tokens / s for k, s in seconds.items()}} | {
         "ratios": ratios,
         "peak_mb": peaks,

@@ -165,6 +165,15 @@ MUTANTS = (
         "tests/test_stacking.py",
     ),
     Mutant("levels/layouts.py", "back = beside[-1:]", "back = beside[:1]", "tests/test_stacking.py"),
+    Mutant("levels/layouts.py", "rows=half, start=half)", "rows=half, start=0)", "tests/test_stacking.py"),
+    Mutant(
+        "levels/stacking.py",
+        "return torch.cat(parts, -1) if len(maps) > 1 else None",
+        "return None",
+        "tests/test_stacking.py",
+    ),
+    Mutant("levels/reading.py", "own = False  # the caller", "own = True  # the caller", "tests/test_levels.py"),
+    Mutant("memory/rule.py", "total.zero_() if free", "total.zero_() if own", "tests/test_rule.py"),
     Mutant("levels/stacking.py", "return output + more", "return output + 2.0 * more", "tests/test_stacking.py"),
     Mutant("levels/losses.py", "known[label] = True", "known[:] = True", "tests/test_encoders.py"),
     Mutant(

@@ -209,6 +209,7 @@ MUTANTS = (
         "rewards - rewards.mean(1, keepdim=True)",
         "tests/test_sleep_parts.py",
     ),
+    Mutant("sleep/budget.py", "LEARNED = 3", "LEARNED = 6", "tests/test_budget.py"),
     Mutant("sleep/warm_start.py", "reduced_rank(h * opened[:, None], y", "reduced_rank(h, y", "tests/test_sleep.py"),
     Mutant(
         "levels/beside.py",

@@ -78,7 +78,7 @@ def test_a_life_without_slots_cannot_sleep(tmp_path: Path) -> None:
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     life, text = str(tmp_path / "life"), tmp_path / "text.txt"
     text.write_text(TEXT)
-    assert main(["new", life, "--preset", "tiny", "--slots", "2", "--rank", "2"]) == 0
+    born(tmp_path / "life").close()
     assert main(["learn", life, str(text)]) == 0
     capsys.readouterr()
     assert main(["sleep", life]) == 2
@@ -86,11 +86,18 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["sleep", life, "--steps", "2", "--dreams", "4", "--dream", "--probe", str(text), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     (pair,) = told["pairs"]
-    assert (pair["fast"], pair["slow"], pair["steps"]) == (32.0, 64.0, 2)
+    assert (pair["fast"], pair["slow"], pair["steps"]) == (16.0, 48.0, 2)
     assert set(told["probes"]["text.txt"]) == {"before", "awake", "after"}
     assert len(told["dreamt"]["rounds"][0]["importance"]) == 8
     assert told["seconds"] > 0
     assert main(["verify", life, "--replay"]) == 0
+
+
+def test_slots_are_asked_for_at_birth(tmp_path: Path) -> None:
+    assert main(["new", str(tmp_path / "life"), "--preset", "tiny", "--slots", "2", "--rank", "3"]) == 0
+    with Learner.open(tmp_path / "life") as life:
+        assert isinstance(life.model, Growing)
+        assert (life.model.slots, life.model.rank) == (2, 3)
 
 
 def test_a_default_sleep_is_paid_by_what_was_read_since_the_last(tmp_path: Path) -> None:

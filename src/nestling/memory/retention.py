@@ -68,39 +68,36 @@ class decay(_decaying):
     elementwise: ClassVar[bool] = True
 
 
+class _returning(Retention, abstract=True):
+    """W <- Z + a (W - Z) with a = exp(log_retention), Z what is remembered as the start."""
+
+    remembers_start: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+    returns: ClassVar[bool] = True
+
+    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
+        assert start is not None
+        return torch.lerp(start, weight, _fraction(log_retention))
+
+
 @dataclass(frozen=True, repr=False)
-class decay_to_start(Retention):
+class decay_to_start(_returning):
     """W <- W_0 + a (W - W_0): forgetting toward the weights that the document (or the life) began with.
 
     A deep memory that decays toward zero cannot come back: with all its maps near zero so are all its
     gradients. The learned start is then gone for good; here it is what is left when all else is forgotten.
     """
 
-    remembers_start: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
-    returns: ClassVar[bool] = True
-
-    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
-        assert start is not None
-        return torch.lerp(start, weight, _fraction(log_retention))
-
 
 @dataclass(frozen=True, repr=False)
-class decay_to_anchor(Retention):
+class decay_to_anchor(_returning):
     """W <- W_c + a (W - W_c), W_c the weights on which the chunk opened: forgetting what this chunk wrote.
 
     At a = (i - 1) / i and steps of eta / i (`averaged_gates`), token i of a chunk stands at W_c less the mean of the
     chunk's steps so far: TTT's 1/i (2407.04620). Oracle: `memory.naive_miras.naive_anchored`.
     """
 
-    remembers_start: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
-    returns: ClassVar[bool] = True
     reopens = True
-
-    def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
-        assert start is not None
-        return torch.lerp(start, weight, _fraction(log_retention))
 
     def reopen(self, weight: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, weight

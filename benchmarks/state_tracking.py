@@ -35,7 +35,7 @@ SELF_MODIFYING = self_modifying(
     rule=retain(decay_to_start(), delta_gradient_descent(clip(bound=0.5))),
     chunk=1,
     projection_chunk=1,
-    step_bound=16.0,
+    step_bound=8.0,
     convolution=1,
     way="recurrent",
 )

@@ -142,6 +142,7 @@ def test_momentum_and_an_anchor(way):
             r"return to where a chunk opened, .*not for retain\(\)",
         ),
         (lambda: sequence_memory(matrix(), l2(), RULE, 16, "token"), "has no chunks"),
+        (lambda: sequence_memory(mlp(), l2(), RULE, 16, read="boundary", way="stepped"), "writes only when it is over"),
         (lambda: comba_streams(averaged_gates()), "no window, bound, maps or chunk"),
         (lambda: averaged_gates(chunk=0), "chunk must be > 0"),
         (lambda: bound_gates(averaged_gates()).fits(Memory(matrix(), lp(3.0), RULE, 16)), "huber_switch"),

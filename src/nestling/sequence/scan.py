@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
-from nestling.memory.retention import decay_to_start
+from nestling.memory.retention import decay_to_anchor, decay_to_start
 from nestling.memory.rule import (
     ChunkEnd,
     Gates,
@@ -106,6 +106,8 @@ class Memory:
                 "way='stepped' takes one step a chunk and reads what stood before it: it needs gradient_at='chunk' and "
                 f"read='boundary', got {self.gradient_at!r} and {self.read!r}"
             )
+        if self.way == "stepped" and isinstance(getattr(self.rule, "retention", None), decay_to_anchor):
+            raise ValueError(f"{self.rule} forgets what a chunk wrote; way='stepped' writes only when it is over")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
         if self.window > 1 and self.way == "chunked" and self._alone:

@@ -87,6 +87,27 @@ def test_bad_text(command: str, model: Path, tmp_path: Path, capfd: pytest.Captu
     assert sorted(str(path) for path in model.rglob("*")) == before
 
 
+def test_a_diverged_life_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Steps of a level that are far too large: what is not finite is refused, counted and told, and not saved."""
+    text, out = tmp_path / "text.txt", tmp_path / "wild"
+    text.write_text("text of some kind " * 30)
+    levels = ["--levels", "level(32, step_size=1e30)"]
+    assert main(["train", "--data", str(text), "--out", str(out), *TINY, *levels]) == 0
+    for _ in range(2):
+        assert main(["learn", str(out), str(text)]) == 0
+        said = capfd.readouterr().out
+        assert "not finite" in said
+        assert "refused 0 segments" not in said
+    bad(["generate", str(out), "--prompt", "te"], capfd, "not finite")
+
+
+def test_diverging_training_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text of some kind " * 30)
+    wild = ["train", "--data", str(text), "--out", str(tmp_path / "out"), *TINY, "--learning-rate", "1e30"]
+    bad(wild, capfd, "not finite", "--learning-rate")
+
+
 def test_bad_model_folders(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("text " * 40)
@@ -144,11 +165,23 @@ def test_config_file_flags_and_saved_config(tmp_path: Path) -> None:
     assert (saved["train"]["steps"], saved["train"]["seed"]) == (3, 4)
 
 
-@pytest.mark.parametrize("arguments", [["--dim", "x"], ["--mixer", "mlp()"], ["--no-such-flag"]], ids=str)
-def test_bad_flags_exit_2(arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dim", "x"], "--dim: invalid"),
+        (["--mixer", "mlp()"], "--mixer"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--dimm", "3"], "--dim INT"),
+        (["--steps", "0"], "steps must be >= 1, got 0"),
+        (["--weight-decay", "nan"], "weight_decay must be >= 0 and finite, got nan"),
+        (["--beta1", "1"], "beta1 must be in [0, 1), got 1"),
+        (["--threads", "-1"], "threads must be >= 0"),
+    ],
+    ids=str,
+)
+def test_bad_flags_are_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.txt").write_text("text " * 40)
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), *arguments])
-    assert stopped.value.code == 2
-    assert capfd.readouterr().err
+    bad(["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), *arguments], capfd, said)
     assert not (tmp_path / "out").exists()

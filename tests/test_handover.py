@@ -81,6 +81,20 @@ def test_what_has_no_place_is_let_go() -> None:
     assert moments_of(plain, model.level_weights())[0] == [None, None]
 
 
+def test_half_a_period_is_handed_on(tmp_path) -> None:
+    """A period of a step and a half, and a bit: after a tick the clock counts tokens of a step that is spent."""
+    period = 3 * LENGTH // 2 + 2
+    model = build(level(period), level(math.inf)).float()
+    trainer = trained(model, 3)
+    save_run(tmp_path, trainer, {})
+    saved = load_model(tmp_path)
+    clock = trainer.clocks[0]
+    state = open_life(tmp_path, saved, Reader(saved.model)).levels.rules[0][0]
+    assert (clock.steps, clock.elapsed) == (1, 3 * LENGTH - period)
+    assert int(state.elapsed) == clock.elapsed
+    torch.testing.assert_close(state.gradient, clock.gradients[0] * LENGTH)
+
+
 def test_a_life_in_a_folder_gets_them(tmp_path) -> None:
     """Training saved to disk, a life begun from it: the rule's buffers are those that `hand_over` fills."""
     model = build(level(64, rule=momentum(), step_size=0.4), level(128)).float()

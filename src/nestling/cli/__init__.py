@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             with registry:
                 app.cli(prog="nestling", description=__doc__, args=arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"nestling: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

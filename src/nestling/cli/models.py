@@ -42,7 +42,7 @@ def info(directory: tyro.conf.Positional[Path]) -> None:
             table.add_row(field.name, str(getattr(config, field.name)))
     table.add_row("parameters", f"{sum(p.numel() for p in saved.model.parameters()):,}")
     table.add_row("model hash", saved.hash)
-    table.add_row("trained steps", str(saved.generation.data["training"]["step"]))
+    table.add_row("trained steps", str(saved.generation.data.get("training", {}).get("step", "not known")))
     table.add_row("life", _life(directory))
     Console().print(table)
 

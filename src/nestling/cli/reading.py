@@ -1,5 +1,7 @@
 """nestling learn: a life reads, or a model's folder does."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 import tyro
 
 from nestling.learner import (
+    Guards,
     SavedModel,
     SavedStack,
     is_life,
@@ -17,11 +20,16 @@ from nestling.learner import (
     reader_of,
     save_life,
 )
+from nestling.learner.guards import Guard, GuardState
 from nestling.levels import Reader
 from nestling.train import named_documents
 
 from .opening import opened
 from .shared import BITS, app, console, print_json, progress
+
+FINITE = Guards(
+    surprise_jump=math.inf, level_jump=math.inf
+)  # a folder's life refuses what is not finite, and only that
 
 
 @app.command(name="learn")
@@ -96,18 +104,25 @@ def open_reader(directory: Path, *, learning: bool) -> tuple[SavedModel | SavedS
 
 def _learn_model(directory: Path, documents: list[tuple[str, bytes]], paths: tuple[Path, ...]) -> None:
     saved, reader, state = open_reader(directory, learning=True)
-    total, counted = 0.0, 0
+    guard = Guard(FINITE, saved.model.levels, GuardState.begin(len(saved.model.levels)), str(directory))
+    reader = replace(reader, accept=guard) if isinstance(reader, Reader) else reader
+    total, counted, lost = 0.0, 0.0, 0
     with progress() as bars:
         task = bars.add_task("reading", total=sum(len(text) for _, text in documents), note="")
         for _, document in documents:
             tokens = saved.encode(document)
-            a_token = len(document) / max(1, tokens.numel())  # bytes
+            a_token, first = len(document) / max(1, tokens.numel()), True  # bytes; nothing predicts the first one
             for part in tokens.split(4096):
                 state, out = reader.read(state, part)
                 seen = out.nll[out.nll.isfinite()].double()
                 total, counted = total + float(seen.sum()), counted + seen.numel() * a_token
+                lost += int((~out.nll.isfinite()).sum()) - int(first)
+                first = False
                 note = f"{total * BITS / max(1, counted):.3f} bits/byte"
                 bars.update(task, advance=part.numel() * a_token, note=note)
             state, _ = reader.end_document(state)
     save_life(directory, saved, state, {"documents": [str(path) for path in paths]})
     print(f"read {counted:,.0f} bytes at {total * BITS / max(1, counted):.3f} bits/byte, predicted before learned")
+    if guard.refused or lost:
+        said = f"refused {guard.refused.total()} segments whose loss or gradient was not finite"
+        print(f"{said}; {lost:,} predictions were not finite, and are not in the mean. The levels' steps are too large")

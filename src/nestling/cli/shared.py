@@ -1,7 +1,12 @@
 """What all commands share: how parts are read from flags, and how work shows its progress."""
 
+import contextlib
+import io
+import itertools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tyro
@@ -33,6 +38,25 @@ def _part_from_flag(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         is_instance=lambda value: isinstance(value, family),
         str_from_instance=lambda part: [repr(part)],
     )
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """While open, what tyro says of bad flags in a box becomes one ValueError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
+        inner = [line for line in lines if line and line[0] not in "╭╰"]
+        parts = [list(part) for ruled, part in itertools.groupby(inner, lambda line: set(line) == {"─"}) if not ruled]
+        told = [
+            part for part in parts if part[0].startswith(("Error", "Unrecognized", "Required", "Perhaps", "Missing"))
+        ]
+        raise ValueError("; ".join(" ".join(part) for part in told or parts[:1])) from None
 
 
 def progress() -> Progress:

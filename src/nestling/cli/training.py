@@ -1,6 +1,7 @@
 """nestling train: pre-train a model on text."""
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from nestling.learner import newest
+from nestling.learner import newest, read_generation, write_file
 from nestling.models import Decoder, ModelConfig, preset
 from nestling.models.data import from_data, to_data
-from nestling.train import Stream, TrainConfig, Trainer, digest, load_run, read_documents, save_run
+from nestling.train import StepReport, Stream, TrainConfig, Trainer, digest, load_run, read_documents, save_run
 
-from .shared import BITS, console, progress, registry
+from .shared import BITS, console, in_one_line, progress, registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,12 @@ def train_command(arguments: list[str]) -> None:
         model: Annotated[ModelConfig, Flat] = base.model
         train: Annotated[TrainConfig, Flat] = base.train
 
-    with registry:
+    with registry, in_one_line():
         asked = tyro.cli(Train, args=arguments, prog="nestling train", description="Pre-train a model on text.")
     if asked.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be >= 1 step, got {asked.checkpoint_every}")
+    if asked.threads < 0:
+        raise ValueError(f"threads must be >= 0 (0: as many as torch takes), got {asked.threads}")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
@@ -85,11 +88,15 @@ def run_training(
     if resume:
         for difference in load_run(out, trainer):
             console.print(f"[yellow]this machine differs, the run will not go on bit for bit: {difference}[/]")
+    if trainer.step > config.steps:
+        raise ValueError(f"--steps {config.steps}: {out} has come to step {trainer.step}; ask for at least as many")
     out.mkdir(parents=True, exist_ok=True)
-    with progress() as bars, open(out / "metrics.jsonl", "a") as log:
+    metrics = out / "metrics.jsonl"
+    write_file(metrics, "".join(_metrics(metrics, trainer.step)).encode())
+    with progress() as bars, open(metrics, "a") as log:
         task = bars.add_task("training", total=config.steps, completed=trainer.step, note="")
         while trainer.step < config.steps:
-            report = trainer.run_step(stream)
+            report = _one_step(trainer, stream)
             log.write(json.dumps(report._asdict()) + "\n")
             bars.update(task, completed=trainer.step, note=f"{report.loss * BITS:.3f} bits/byte")
             if trainer.step % checkpoint_every == 0 or trainer.step == config.steps:
@@ -98,10 +105,33 @@ def run_training(
     console.print(f"{out}: {trainer.step} steps, {trainer.step * config.rows * config.length:,} tokens")
 
 
+def _one_step(trainer: Trainer, stream: Stream) -> StepReport:
+    try:
+        return trainer.run_step(stream)
+    except FloatingPointError as error:
+        raise ValueError(f"{error}; a smaller --learning-rate or --clip may help, and --resume goes on") from None
+
+
+def _metrics(path: Path, step: int) -> list[str]:
+    """The lines of the steps up to `step`: those after it were made by a run that was killed, and are made again."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # cut short by a kill
+
+
 def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig, text: dict[str, Any]) -> None:
     folder = newest(out / "train")
     assert folder is not None
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_generation(folder).data.get("config", {})
+    if not {"model", "train", "run"} <= set(saved):
+        raise ValueError(f"{folder}/config.json: not a training run's: it needs model, train and run")
     for name, now in (("model", to_data(model_config)), ("train", to_data(config))):
         for key, value in now.items():
             was = saved[name].get(key)
@@ -111,6 +141,10 @@ def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig, text:
     if was.get("sha256", text["sha256"]) != text["sha256"]:  # runs begun before it was kept have none
         told = " and ".join(f"{', '.join(t['data'])} ({t['bytes']:,} bytes, {t['sha256'][:8]})" for t in (was, text))
         raise ValueError(f"--resume: the text of {out} and this one differ: {told}; a run goes on with its own text")
+    if (out / "life").is_dir():
+        raise ValueError(
+            f"{out}: a life has begun in it, of the model as it is; train into another folder, or move life/ away"
+        )
 
 
 def _base_words(arguments: list[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """nestling zoo, nestling demo: what the library ships with."""
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def demo(*, out: Path = Path("runs/demo"), short: bool = False, seed: int = 0) -
     report what it learned and what it forgot.
 
     Args:
-        out: where report.html, report.json and the model go.
+        out: where report.html and report.json go, and model/, which learn, generate and check take.
         short: a few steps of everything, for a quick check that it runs.
         seed: of the weights, the split of the text, the order of the stream.
     """
@@ -97,6 +98,8 @@ def demo(*, out: Path = Path("runs/demo"), short: bool = False, seed: int = 0) -
 
         data = run_demo(config, Path(scratch), tell)
         out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / "model", ignore_errors=True)  # that of the demo before this one
+        shutil.move(Path(scratch) / "hope", out / "model")
     print_report(data, Console())
     html, numbers = write_report(data, out)
     print(f"{html}\n{numbers}")

@@ -97,7 +97,8 @@ def _handed_on(saved: SavedModel, levels: LevelsState) -> LevelsState:
     moments = [[_moments(tensors, facts, number) for number in maps] for maps in facts.get("levels", [])]
     if moments:
         levels = hand_over(saved.model.levels, levels, moments)
-    return _half_filled(levels, tensors, facts.get("clocks", []))
+    step = saved.generation.data["config"]["train"]
+    return _half_filled(levels, tensors, facts.get("clocks", []), step["rows"] * step["length"])
 
 
 def _moments(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], number: int) -> Moments | None:
@@ -110,15 +111,14 @@ def _moments(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], numb
 
 
 def _half_filled(
-    levels: LevelsState, tensors: Mapping[str, torch.Tensor], clocks: Sequence[Mapping[str, Any]]
+    levels: LevelsState, tensors: Mapping[str, torch.Tensor], clocks: Sequence[Mapping[str, Any]], a_step: int
 ) -> LevelsState:
-    """The levels with what training had accumulated for them since their last ticks: as gradients of the loss summed
-    over tokens, which is what a level's clock counts."""
+    """The levels with what training had accumulated for them since their last ticks, mean gradients of steps of a_step
+    tokens: as gradients of the loss summed over tokens, which is what a level's clock counts."""
     rules = list(levels.rules)
     for index, clock in enumerate(clocks):
         if not clock["kept"]:
             continue
-        a_step = clock["elapsed"] / clock["steps"]
         rules[index] = tuple(
             state._replace(
                 elapsed=torch.full_like(state.elapsed, clock["elapsed"]),

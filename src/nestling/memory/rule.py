@@ -332,7 +332,11 @@ class MomentumState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class momentum(_wrapper):
-    """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33."""
+    """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33.
+
+    The chunk form works with the gate's logarithm: there the gradient of a gate of exactly 0 is 0, where the recurrent
+    form has one. Gates that are sigmoids never are 0.
+    """
 
     of: Direction = gradient_descent()
     buffered = True

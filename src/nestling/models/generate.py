@@ -10,9 +10,12 @@ from nestling.memory.structure import Weights
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One token from logits [V]; temperature 0 takes the most likely. Raises ValueError below it."""
+    """One token from logits [V]; temperature 0 takes the most likely. Raises ValueError below it, and for logits that
+    are not finite."""
     if not temperature >= 0:
         raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's answer is not finite: its weights have diverged; go back to an earlier state")
     if temperature == 0:
         return int(logits.argmax())
     chances = (logits.double() / temperature).softmax(-1)

@@ -81,7 +81,7 @@ class SelfModifying(MixerModule):
     With a memory for the query, q_t = M_q(u_t); a projection without a memory is one of x_t, as W_q is.
     Where the paper is silent: the momentum gate is a projection of x_t; bounds and normalisations are those
     that keep frozen gradients from diverging (docs/papers.md). All initial weights are parameters; no write is
-    outside of the graph. x [b, t, d] -> [b, t, d]. Oracle: memory.naive.self_modifying.
+    outside of the graph. x [b, t, d] -> [b, t, d]. Oracle: memory.naive.naive_self_modifying.
     """
 
     def __init__(

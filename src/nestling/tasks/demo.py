@@ -5,7 +5,6 @@ import lzma
 import math
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.learner import load_model, machine
 from nestling.levels import LevelsState, Reader, level, mean_surprise, surprise_by_position
@@ -24,6 +23,7 @@ from nestling.sequence import attention
 from nestling.train import Stream, TrainConfig, Trainer, save_run
 
 from .embedded import Body, embedded_bodies
+from .footprint import footprint_bytes
 from .record import commit
 
 BITS = 1 / math.log(2)
@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
 
     Two processes of one thread each: first the model beside its baseline, then the arms of the life, two by two.
     """
-    began = time.perf_counter()
+    began, held = time.perf_counter(), [0]
     bodies = demo_bodies(config)
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(2, os.cpu_count() or 1))
@@ -91,6 +91,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
                 while not all(job.done() for job in jobs.values()):
                     time.sleep(0.1)
                     _pass_on(queue, tell)
+                    held.append(max(held.pop(), footprint_bytes()))
                 _pass_on(queue, tell)
                 return {name: job.result() for name, job in jobs.items()}
 
@@ -119,7 +120,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
         "commit": commit(),
         "machine": {**machine(), "cores": os.cpu_count() or 1, "workers": workers},
         "seconds": {"pre-training": after_training - began, "life": ended - after_training, "all": ended - began},
-        "peak_bytes": max(part["peak_bytes"] for part in [*trained.values(), *arms.values()]) * workers,
+        "peak_bytes": held[0],
         "model": {"expression": repr(config.model), "parameters": trained["hope"]["parameters"]},
         "baseline": {"expression": repr(baseline), "parameters": trained["transformer"]["parameters"]},
         "trained_tokens": config.train.steps * config.train.rows * config.train.length,
@@ -132,6 +133,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
         "trained": {name: part["held_out"] for name, part in trained.items()},
         "arms": arms,
         "by_position": trained["hope"]["by_position"],
+        "beyond": trained["hope"]["beyond"],
     }
     return {**data, "claims": claims(data)}
 
@@ -202,6 +204,9 @@ def claims(data: dict[str, Any]) -> list[dict[str, Any]]:
         (_, _, before), (first, last, bits) = spans[-2:]
         claim = f"change at positions {first} to {last} from those before (trained at {data['training_length']})"
         found.append((claim, bits - before, "below 0", lambda x: x < 0))
+    beyond, trained = data["beyond"], data["training_length"]
+    claim = f"positions from {beyond['first']:,} on, less the same bytes read afresh every {trained}"
+    found.append((claim, beyond["on"] - beyond["afresh"], "below 0", lambda x: x < 0))
     found.append(("seconds in all", data["seconds"]["all"], "at most 480", lambda x: x <= 480))
     found.append(("GB of memory", data["peak_bytes"] / 1e9, "at most 3", lambda x: x <= 3))
     return [
@@ -259,17 +264,29 @@ def _pre_train(
             recent = []
     save_run(folder / name, trainer, {"demo": name})
     edges = [0, 64, 256, 512, 1024, 2047]
+    size = edges[-1] + 1
     longer = embedded_bodies(held_out_bytes=config.long_bytes, seed=config.seed)["english"].held_out
-    by_position = surprise_by_position(model, [text for text in longer if len(text) > edges[-1]]) * BITS
-    by_position = by_position[by_position.isfinite().all(1)]  # the same texts at every position
+    pieces = [text[at : at + size] for text in longer for at in range(0, len(text) - edges[-1], size)]
+    by_position = surprise_by_position(model, pieces, piece=size) * BITS  # the same texts at every position
     return {
         "parameters": count(model),
         "curve": curve,
         "held_out": _held_out(model, bodies, None, config.held_out_bytes),
         "probe": _held_out(model, bodies, None, config.probe_bytes),
         "by_position": [[a, b, float(by_position[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)],
-        "peak_bytes": peak_bytes(),
+        "beyond": _beyond(model, pieces, by_position, edges[-2], train.length),
     }
+
+
+def _beyond(model: Decoder, pieces: list[bytes], bits: Tensor, first: int, length: int) -> dict[str, Any]:
+    """What a context beyond the training length is worth: bits per byte of the same bytes, from position `first` on,
+    read on, and read afresh every `length` bytes (of which those with at least half of that before them count)."""
+    on, afresh = [], []
+    for at in range(first, bits.shape[1] - length + 2, length):
+        on.append(bits[:, at + length // 2 : at + length - 1])
+        cut = surprise_by_position(model, [piece[at : at + length] for piece in pieces], piece=length)
+        afresh.append(cut[:, length // 2 :] * BITS)
+    return {"first": first, "on": float(torch.cat(on, 1).mean()), "afresh": float(torch.cat(afresh, 1).mean())}
 
 
 def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, queue: Any) -> dict[str, Any]:
@@ -288,9 +305,11 @@ def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, q
         nats, counted, size = 0.0, 0, sum(map(len, body.read))
         probe_every, read, probed = size // (config.probes + 1), 0, 0
         for document in body.read:
+            first = True
             for part in torch.frombuffer(bytearray(document), dtype=torch.uint8).long().split(2048):
                 state, out = reader.read(state, part)
-                known = out.nll[out.nll.isfinite()].double()
+                known = out.nll[1 if first else 0 :].double()  # nothing predicts a document's first byte
+                first = False
                 nats, counted = nats + float(known.sum()), counted + known.numel()
                 moved += out.moved.tolist()
                 done, read = done + part.numel(), read + part.numel()
@@ -312,7 +331,6 @@ def _live(config: DemoConfig, bodies: dict[str, Body], arm: str, folder: Path, q
         "curve": curve,
         "moved": _by_level(moved, len(model.levels) // config.model.blocks),
         "level_names": [f"{lvl.period:,.0f} tokens" for block in model.config.levels for lvl in block.levels],
-        "peak_bytes": peak_bytes(),
     }
 
 
@@ -323,8 +341,3 @@ def _by_level(moved: list[list[float]], levels: int) -> list[list[float]]:
         blocks = [sizes[at : at + levels] for at in range(0, len(sizes), levels)]
         rows.append([position, *(math.sqrt(sum(x * x for x in one) / len(one)) for one in zip(*blocks, strict=True))])
     return rows
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,14 +39,19 @@ class TrainConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise ValueError(f"accumulate must divide rows = {self.rows}, got {self.accumulate}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("reset_share", "final_rate", "beta1", "beta2"):
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be > 0 and finite, got {self.learning_rate}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be > 0 (inf: no bound), got {self.clip}")
+        for name in ("reset_share", "final_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ValueError("weight_decay and warmup_steps must be >= 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: linear warm-up, then a cosine to final_rate."""
@@ -99,7 +104,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}: not finite; nothing was changed"
+                f"step {self.step}: loss {loss}, gradient norm {norm}: not finite; no weight was changed"
             )
         rate = self.config.rate(self.step)
         for group in self.optimizer.param_groups:

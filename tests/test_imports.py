@@ -14,9 +14,11 @@ SOURCE = Path(nestling.__file__).parent
 def test_rooms_import_only_upward() -> None:
     for file in SOURCE.rglob("*.py"):
         own = file.relative_to(SOURCE).with_suffix("").parts[0]
-        if own == "__init__":
+        if own in ("__init__", "__main__"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
+            depth = len(file.relative_to(SOURCE).parts)
+            assert getattr(node, "level", 0) < depth, f"{file}: name another room by its full name"
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:

@@ -168,9 +168,7 @@ class Guard:
             if lvl.period != math.inf and new <= old
         ]
 
-    def _measure(
-        self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], tokens: int
-    ) -> dict[int, float]:
+    def _measure(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], tokens: int) -> dict[int, float]:
         """Per level that is awake and stays off its tick: the norm of what is added to its gradient."""
         return {
             index: math.sqrt(sum(_square(gradient) for gradient in found))

@@ -238,7 +238,9 @@ class Reader:
         own.accumulators = True
         squares = squared_changes(before, after)
         stands = self.accept.stands(before, after, squares)
-        return stands, [0.0 if w is old else s for w, old, s in zip(stands.weights, before.weights, squares, strict=True)]
+        return stands, [
+            0.0 if w is old else s for w, old, s in zip(stands.weights, before.weights, squares, strict=True)
+        ]
 
 
 class Own:

@@ -159,7 +159,7 @@ def passed_over(levels: tuple[level, ...], state: LevelsState, tokens: int) -> L
     nothing: list[Sequence[Gradient]] = []
     for lvl, rules in zip(levels, state.rules, strict=True):
         zeros = [map_tensors(torch.zeros_like, (rule.gradient, rule.inputs)) for rule in rules]
-        nothing.append(() if lvl.period == math.inf else [Summed(*zero, tokens) for zero in zeros])
+        nothing.append(() if lvl.period == math.inf else [Summed(total, gram, tokens) for total, gram in zeros])
     return advance(levels, state, nothing)
 
 

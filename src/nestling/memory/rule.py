@@ -617,7 +617,9 @@ class every(Rule):
         summed, inner = Summed(total, inputs, tokens=0), self.of.anchor(state.of)
         if add is not None and every_row and isinstance(self.of, Direction):
             added, times, inner = self.of.scaled(weight, summed, inner, gates)
-            stepped = add(weight, times, added) if not _lies_in(weight, inner) else torch.add(weight, added, alpha=times)
+            stepped = (
+                add(weight, times, added) if not _lies_in(weight, inner) else torch.add(weight, added, alpha=times)
+            )
         else:
             stepped, inner = self.of.step(weight, summed, inner, gates)
         left, emptied = self._left_over(elapsed), None if inputs is None else torch.zeros_like(inputs)

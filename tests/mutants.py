@@ -33,9 +33,7 @@ MUTANTS = (
     Mutant("learner/forgetting.py", "parent = kept(event.parent)", "parent = event.parent", "tests/test_life.py"),
     Mutant("learner/forgetting.py", " or event.derived in tainted", "", "tests/test_life.py"),
     Mutant("learner/forgetting.py", 'journal.ask("VACUUM")', "pass", "tests/test_life.py"),
-    Mutant(
-        "learner/guards.py", "if not (math.isfinite(surprise) and _finite(after)):", "if False:", "tests/test_guards.py"
-    ),
+    Mutant("learner/guards.py", "if not finite:", "if False:", "tests/test_guards.py"),
     Mutant("learner/guards.py", "if record.quarantined:", "if False:", "tests/test_guards.py"),
     Mutant("learner/voice.py", "self.read(torch.tensor([token]))", "pass", "tests/test_conversations.py"),
     Mutant("learner/files.py", ".hexdigest() != expected:", '.hexdigest() == "":', "tests/test_life_damage.py"),
@@ -172,7 +170,13 @@ MUTANTS = (
         "return None",
         "tests/test_stacking.py",
     ),
-    Mutant("levels/reading.py", "own = False  # the caller", "own = True  # the caller", "tests/test_levels.py"),
+    Mutant(
+        "levels/reading.py",
+        "self.accumulators = given, False",
+        "self.accumulators = given, True",
+        "tests/test_levels.py",
+    ),
+    Mutant("levels/writing.py", "if id(weight) in self.held", "if False", "tests/test_levels.py"),
     Mutant("memory/rule.py", "total.zero_() if free", "total.zero_() if own", "tests/test_rule.py"),
     Mutant("levels/stacking.py", "return output + more", "return output + 2.0 * more", "tests/test_stacking.py"),
     Mutant("levels/losses.py", "known[label] = True", "known[:] = True", "tests/test_encoders.py"),

@@ -11,9 +11,10 @@ import torch
 
 from lives import KEEP, MODEL, crash, same, text, trained
 from nestling.learner import Guards, Learner
-from nestling.learner.guards import Guard, GuardState, Record, Running, passed_over
-from nestling.levels import LevelsState, Reader
+from nestling.learner.guards import Guard, GuardState, Record, Running
+from nestling.levels import LevelsState, Reader, initialization, level
 from nestling.levels.reading import ReadingState
+from nestling.levels.writing import passed_over
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 
@@ -128,8 +129,6 @@ def test_a_level_that_would_move_too_far_is_held(tmp_path: Path) -> None:
 
 def test_passing_over_is_a_segment_of_zero_gradient() -> None:
     """Clocks go on; a tick steps on what came before; by hand, with a rule that is plain descent."""
-    from nestling.levels import level
-
     config = ModelConfig(dim=16, heads=2, blocks=1, mixer=MODEL.config.mixer, levels=(level(10, step_size=0.5),))
     model = Decoder(config, seed=2)
     reader = Reader(model, segment=5)
@@ -142,6 +141,23 @@ def test_passing_over_is_a_segment_of_zero_gradient() -> None:
     between = passed_over(model.levels, state, 3)
     assert int(between.rules[0][0].elapsed) == 8
     assert torch.equal(between.rules[0][0].gradient, state.rules[0][0].gradient)
+
+
+def test_levels_that_start_again_keep_their_starts_in_a_guarded_life() -> None:
+    """The same stream with a guard that holds nothing: a start is learned, restarted from, and passed over."""
+    fast = level(8, step_size=0.5, transfer=initialization(order=1))
+    levels = (fast, level(24, step_size=0.5))
+    model = Decoder(ModelConfig(dim=16, heads=2, blocks=1, mixer=MODEL.config.mixer, levels=levels), seed=2)
+    tokens = torch.tensor(list(text(1, 120)))
+    free = Reader(model).read(Reader(model).begin(), tokens)[0].levels
+    guard = Guard(OFF.guards, model.levels, GuardState.begin(2), "doc")
+    judged = Reader(model, accept=guard).read(Reader(model).begin(), tokens)[0].levels
+    assert judged.starts[0] is not None
+    theirs = flatten(judged)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in flatten(free).items())
+    over = passed_over(model.levels, judged, 8)
+    assert over.starts[0] is not None
+    assert int(over.starts[0].rules[0].elapsed) == (int(judged.starts[0].rules[0].elapsed) + 8) % 24
 
 
 def test_decisions_do_not_depend_on_the_pieces() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nestling.levels import LevelsState, Reader, level, write
+from nestling.levels import LevelsState, Reader, level
 from nestling.levels.reading import next_cut
+from nestling.levels.writing import Tally, advance
 from nestling.memory import clip, decay, delta_gradient_descent, momentum, retain
-from nestling.memory.state import flatten
+from nestling.memory.state import clone, flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention, self_modifying
 
@@ -151,16 +152,34 @@ def test_reading_leaves_the_model_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_a_call_accumulates_it_adds_to_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+class Refusing:
+    """Refuses the segments with these numbers, and lets stand what was written."""
+
+    def __init__(self, *refused: int) -> None:
+        self.refused, self.asked = refused, 0
+        self.seen: list[tuple[LevelsState, LevelsState]] = []
+
+    def takes(self, before, gradients, loss, tokens) -> bool:  # type: ignore[no-untyped-def]
+        self.asked += 1
+        self.before = clone(before)
+        return self.asked - 1 not in self.refused
+
+    def stands(self, before, after, squares) -> LevelsState:  # type: ignore[no-untyped-def]
+        self.seen.append((self.before, clone(after)))
+        return after
+
+
+@pytest.mark.parametrize("asked", [None, Refusing()], ids=["free", "judged"])
+def test_what_a_call_accumulates_it_adds_to_where_it_lies(asked, monkeypatch: pytest.MonkeyPatch) -> None:
     """One accumulator for the segments of a call, and never that of a state which somebody holds."""
     model, places = build(level(16, rule=momentum()), level(80), mixer=attention(window=32)), []
 
-    def watched(levels, state, loss, taps, own):
+    def watched(levels, state, gradients, **given):
         places.append([rules[0].gradient.data_ptr() for rules in state.rules])
-        return write(levels, state, loss, taps, own=own)
+        return advance(levels, state, gradients, **given)
 
-    monkeypatch.setattr("nestling.levels.reading.write", watched)
-    reader = Reader(model)
+    monkeypatch.setattr("nestling.levels.reading.advance", watched)
+    reader = Reader(model, accept=asked)
     middle, _ = reader.read(reader.begin(), TEXT[:49])
     held = {name: tensor.clone() for name, tensor in flatten(middle).items()}
     slow = [place[1] for place in places]
@@ -174,17 +193,47 @@ def test_what_a_call_accumulates_it_adds_to_where_it_lies(monkeypatch: pytest.Mo
         torch.testing.assert_close(flatten(end.levels)[name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
-def test_a_level_refused_at_a_write_is_what_it_was() -> None:
-    """Who is asked what stands after a write is given both sides of it, each whole."""
+def test_a_refused_write_leaves_every_bit_as_it_was() -> None:
+    """Refused before it is made, in the middle of a call that adds in place: weights and sums stay, clocks go on."""
+    model = build(level(16, rule=momentum()), level(80), mixer=attention(window=32))
+    asked = Refusing(1, 2)
+    reader = Reader(model, accept=asked, segment=8)
+    reader.read(reader.begin(), TEXT[:41])
+    assert len(asked.seen) == 5
+    for segment in (1, 2, 3):  # at the fast level's tick, between ticks, and one that is taken
+        before, after = (flatten(state) for state in asked.seen[segment])
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        clocks = {name for name in before if name.endswith("elapsed")}
+        if segment == 2:
+            assert changed == clocks
+        slow = [name for name in before if name.startswith(("weights.1.", "rules.1.")) and name not in clocks]
+        assert bool(changed & set(slow)) == (segment == 3)
+
+
+def test_a_judged_call_is_a_free_one_where_nothing_is_refused() -> None:
+    """Weights in place or not, to the last bit; what they moved is the same but for rounding."""
+    model = build(level(16, rule=momentum()), level(32), level(80), mixer=attention(window=32))
+    found = [Reader(model, accept=accept).read(Reader(model).begin(), TEXT) for accept in (None, Refusing())]
+    (free, out), (judged, told) = found
+    assert all(torch.equal(tensor, flatten(judged.levels)[name]) for name, tensor in flatten(free.levels).items())
+    torch.testing.assert_close(out.moved, told.moved, rtol=1e-9, atol=1e-14)
+    assert bool((out.moved[-1, 1:] >= 0).all())
+
+
+def test_a_tick_adds_to_weights_where_they_lie_but_not_to_those_of_others() -> None:
     model = build(level(16), level(80), mixer=attention(window=32))
-
-    def refuse(before: LevelsState, after: LevelsState, loss: torch.Tensor, tokens: int) -> LevelsState:
-        return before
-
-    reader = Reader(model, accept=refuse)
-    state, _ = reader.read(reader.begin(), TEXT)
-    fresh = reader.begin().levels
-    assert all(torch.equal(tensor, flatten(fresh)[name]) for name, tensor in flatten(state.levels).items())
+    reader = Reader(model)
+    middle, _ = reader.read(reader.begin(), TEXT[:49])
+    kept = clone(middle)
+    tally = Tally(middle.levels)
+    weight = middle.levels.weights[0][0]
+    made = tally.adder(0)(weight, -0.5, torch.ones_like(weight))
+    assert made is not weight
+    assert torch.equal(weight, kept.levels.weights[0][0])
+    again = tally.adder(0)(made, -0.5, torch.ones_like(weight))
+    assert again is made
+    torch.testing.assert_close(again, weight - 1.0)
+    assert tally.squares[0] == pytest.approx(2 * 0.25 * weight.numel())
 
 
 def test_learning_does_not_stop_in_eval_mode() -> None:

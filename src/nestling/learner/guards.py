@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 
 from nestling.levels import LevelsState, level
-from nestling.memory import Summed
-from nestling.memory.rule import EveryState
+from nestling.memory import Pairs
+from nestling.memory.rule import EveryState, Gradient
 from nestling.memory.state import flatten
-from nestling.memory.structure import Weights
 
 RATE = 1 / 64  # of the running means, per segment
 SHORT = 16  # tokens; of a segment that is shorter no jump is told: a few tokens say too little
@@ -97,26 +97,48 @@ class Guard:
         self.rules, self.levels, self.state, self.source = rules, levels, state, source
         self.refused: Counter[str] = Counter()
         self.held: Counter[int] = Counter()  # level -> ticks whose change was too large
+        self._added: dict[int, float] = {}  # by the segment that is being judged
 
-    def __call__(self, before: LevelsState, after: LevelsState, loss: Tensor, tokens: int) -> LevelsState:
+    def takes(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], loss: Tensor, tokens: int) -> bool:
+        """Judge a segment by its surprise and by what it would add, before any of it is added."""
         surprise = float(loss) / max(1, tokens)
-        added, moved = self._measure(before, after, tokens)
-        if tokens < SHORT:
-            added = {}
-        reason = self._reason(surprise, added, after, tokens)
+        finite = math.isfinite(surprise) and all(_finite(gradient) for found in gradients for gradient in found)
+        self._added = self._measure(before, gradients, tokens) if finite and tokens >= SHORT else {}
+        reason = self._reason(surprise, self._added, finite, tokens)
         if tokens >= SHORT:
             self._count(reason)
         if reason:
             self.refused[reason] += 1
-            after = passed_over(self.levels, before, tokens)
-            added, moved = {}, self._measure(before, after, tokens)[1]
+            self._added = {}
         elif tokens >= SHORT:
             self.state = self.state._replace(surprise=self.state.surprise.add(surprise))
-        return self._hold(before, after, added, moved)
+        return reason is None
 
-    def _reason(self, surprise: float, added: dict[int, float], after: LevelsState, tokens: int) -> str | None:
+    def stands(self, before: LevelsState, after: LevelsState, squares: Sequence[float]) -> LevelsState:
+        """Take the numbers of what stands into the running means; a tick that would move its level too far leaves
+        the weights where they were."""
+        runs_added, runs_moved = list(self.state.added), list(self.state.moved)
+        weights, rules = list(after.weights), list(after.rules)
+        trusted = self.state.record(self.source).trusted
+        for index, value in self._added.items():
+            runs_added[index] = runs_added[index].add(value)
+        for index in self._ticked(before, after):
+            value = math.sqrt(squares[index])
+            jumps = runs_moved[index].jumps(value, self.rules.level_jump, self.rules.warm_segments)
+            if not math.isfinite(value) or (jumps and not trusted):
+                weights[index] = before.weights[index]
+                rules[index] = tuple(
+                    new._replace(of=old.of) for new, old in zip(after.rules[index], before.rules[index], strict=True)
+                )
+                self.held[index] += 1
+            else:
+                runs_moved[index] = runs_moved[index].add(value)
+        self.state = self.state._replace(added=tuple(runs_added), moved=tuple(runs_moved))
+        return after._replace(weights=tuple(weights), rules=tuple(rules))
+
+    def _reason(self, surprise: float, added: dict[int, float], finite: bool, tokens: int) -> str | None:
         record, rules = self.state.record(self.source), self.rules
-        if not (math.isfinite(surprise) and _finite(after)):
+        if not finite:
             return "not finite"
         if record.quarantined:
             return "quarantined"
@@ -136,64 +158,38 @@ class Guard:
         record = record._replace(segments=segments, refused=refused, quarantined=record.quarantined or enough)
         self.state = self.state.with_record(self.source, record)
 
-    def _hold(
-        self, before: LevelsState, after: LevelsState, added: dict[int, float], moved: dict[int, float]
-    ) -> LevelsState:
-        """Take the numbers of what stands into the running means; a tick that would move its level too far leaves
-        the weights where they were."""
-        runs_added, runs_moved = list(self.state.added), list(self.state.moved)
-        weights, rules = list(after.weights), list(after.rules)
-        trusted = self.state.record(self.source).trusted
-        for index, value in added.items():
-            runs_added[index] = runs_added[index].add(value)
-        for index, value in moved.items():
-            jumps = runs_moved[index].jumps(value, self.rules.level_jump, self.rules.warm_segments)
-            if not math.isfinite(value) or (jumps and not trusted):
-                weights[index] = before.weights[index]
-                rules[index] = tuple(
-                    new._replace(of=old.of) for new, old in zip(after.rules[index], before.rules[index], strict=True)
-                )
-                self.held[index] += 1
-            else:
-                runs_moved[index] = runs_moved[index].add(value)
-        self.state = self.state._replace(added=tuple(runs_added), moved=tuple(runs_moved))
-        return LevelsState(tuple(weights), tuple(rules))
+    def _ticked(self, before: LevelsState, after: LevelsState) -> list[int]:
+        """The levels whose clocks went round: fewer tokens, or as many, have passed since their last tick."""
+        pairs = zip(before.rules, after.rules, strict=True)
+        clocks = [(_elapsed(old), _elapsed(new)) for old, new in pairs]
+        return [
+            index
+            for index, (lvl, (old, new)) in enumerate(zip(self.levels, clocks, strict=True))
+            if lvl.period != math.inf and new <= old
+        ]
 
-    def _measure(
-        self, before: LevelsState, after: LevelsState, tokens: int
-    ) -> tuple[dict[int, float], dict[int, float]]:
-        """Per level that is awake: off its tick the norm of what was added to its gradient, at its tick the norm of
-        the change of its weights."""
-        added, moved = {}, {}
-        for index, lvl in enumerate(self.levels):
-            if lvl.period == math.inf:
-                continue
-            old, new = before.rules[index], after.rules[index]
-            if int(new[0].elapsed.flatten()[0]) == int(old[0].elapsed.flatten()[0]) + tokens:
-                added[index] = _norm([a.gradient - b.gradient for a, b in zip(new, old, strict=True)])
-            else:
-                moved[index] = _norm([a - b for a, b in zip(after.weights[index], before.weights[index], strict=True)])
-        return added, moved
+    def _measure(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], tokens: int) -> dict[int, float]:
+        """Per level that is awake and stays off its tick: the norm of what is added to its gradient."""
+        return {
+            index: math.sqrt(sum(_square(gradient) for gradient in found))
+            for index, (lvl, rules, found) in enumerate(zip(self.levels, before.rules, gradients, strict=True))
+            if lvl.period != math.inf and _elapsed(rules) + tokens < lvl.period
+        }
 
 
-def passed_over(levels: tuple[level, ...], state: LevelsState, tokens: int) -> LevelsState:
-    """The levels after a segment that teaches nothing: clocks go on, and a tick steps on what came before it."""
-    weights: list[Weights] = []
-    rules: list[tuple[EveryState, ...]] = []
-    for lvl, maps, states in zip(levels, state.weights, state.rules, strict=True):
-        stepped = []
-        for weight, own in zip(maps, states, strict=True):
-            inputs = None if own.inputs is None else torch.zeros_like(own.inputs)
-            nothing = Summed(torch.zeros_like(own.gradient), inputs, tokens)
-            stepped.append(lvl.clocked.step(weight, nothing, own, lvl.gates))
-        weights.append(tuple(weight for weight, _ in stepped))
-        rules.append(tuple(own for _, own in stepped))
-    return LevelsState(tuple(weights), tuple(rules))
+def _elapsed(rules: Sequence[EveryState]) -> int:
+    return int(rules[0].elapsed.flatten()[0])
 
 
-def _finite(levels: LevelsState) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in flatten(levels).values())
+def _finite(gradient: Gradient) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in flatten(gradient).values())
 
 
-def _norm(changes: list[Tensor]) -> float:
-    return math.sqrt(sum(float(change.double().square().sum()) for change in changes))
+def _square(gradient: Gradient) -> float:
+    """The squares of a gradient's entries, summed: of few pairs, from their products with each other."""
+    if isinstance(gradient, Pairs):
+        (pairs, outputs), inputs = gradient.error.shape, gradient.input.shape[-1]
+        if pairs * (outputs + inputs) < outputs * inputs:
+            errors, keys = gradient.error.double(), gradient.input.double()
+            return max(0.0, float(((errors @ errors.mT) * (keys @ keys.mT)).sum()))
+    return float(torch.linalg.vector_norm(gradient.dense(), dtype=torch.float64)) ** 2

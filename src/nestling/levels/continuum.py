@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -135,12 +136,12 @@ class level(Level):
         """Does it start again from what the next slower level learned for it?"""
         return isinstance(self.transfer, Meta)
 
-    @property
+    @cached_property
     def clocked(self) -> every:
         """The whole rule, clock included."""
         return every(self.period, self.rule)
 
-    @property
+    @cached_property
     def gates(self) -> Gates:
         kept = math.log(self.retention) if self.retention > 0 else -math.inf
         return Gates(self.step_size, self.momentum, kept)

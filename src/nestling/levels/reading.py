@@ -6,7 +6,8 @@ segment's gradient, and only then is that token processed. Where calls begin and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.memory.rule import Gradient
 from nestling.memory.state import detach
 from nestling.memory.structure import Weights
 
 from .continuum import Taps, level
-from .writing import LevelsState, begin, write
+from .writing import LevelsState, Tally, advance, backward, begin, passed_over
 
 
 @runtime_checkable
@@ -77,8 +79,19 @@ def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
     return min(position // step * step + step for step in steps)
 
 
-Accept = Callable[[LevelsState, LevelsState, Tensor, int], LevelsState]
-"""(levels before a write, levels after it, loss of its segment in nats, tokens of the segment) -> levels that stand"""
+class Accept(Protocol):
+    """Judges every write, before it is made and after it."""
+
+    def takes(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], loss: Tensor, tokens: int) -> bool:
+        """Is a segment learned from? gradients: of each level, what it would add for every map (nothing where the
+        period is inf); loss: of the segment, in nats. What is refused teaches nothing: clocks go on."""
+        ...
+
+    def stands(self, before: LevelsState, after: LevelsState, squares: Sequence[float]) -> LevelsState:
+        """The levels that stand after a write. squares: by how much each level's weights moved, squared and summed.
+        `before` has its weights and what its rules remember; its accumulators may have been added to since."""
+        ...
+
 
 _BLOCK = 2048  # tokens of one forward pass where no cut asks for less
 _CACHED = 1 << 17  # numbers that a processor's cache holds beside others
@@ -90,8 +103,8 @@ class Reader:
 
     segment: tokens between cuts; None for the fastest period. The model itself is not changed: the levels'
     weights live in the state. Deterministic; one pass = split passes = token by token. What is read without
-    learning is never learned later, nor is a segment that was still open then. accept: asked at every write which
-    levels stand after it; None: those that were written.
+    learning is never learned later, nor is a segment that was still open then. accept: asked at every write whether
+    it is made and what stands after it; None: all of it.
     """
 
     model: LevelledModel
@@ -123,32 +136,30 @@ class Reader:
         """Read `tokens` int64 [n] after what was read before. Raises ValueError for anything but one row."""
         if tokens.dim() != 1:
             raise ValueError(f"reading takes one row of tokens [n], got shape {list(tokens.shape)}")
-        nll, rows = [], []
-        own = False  # the caller holds the state that it gave; after the first write here nobody else holds one
+        nll, rows, own = [], [], Own(state.levels)
         while tokens.numel() and not self.learning:
             state, losses = self._predict(state._replace(segment=tokens[:0]), tokens[:_BLOCK])
             state = state._replace(segment=tokens[:0], before=state.now)
             nll.append(losses)
             tokens = tokens[_BLOCK:]
-        while tokens.numel():
-            cut = int(state.position) - state.segment.numel()  # where the open segment began
-            size = next_cut(cut, self.periods, self.segment_tokens) - cut
-            if state.segment.numel() == size:
-                state, change = self._close(state, tokens[0], own)
-                own = self.accept is None
-                rows.append(change)
-                continue
-            due = size - state.segment.numel()
-            if state.segment.numel() == 0 and tokens.numel() > size:
-                state, losses, change = self._whole(state, tokens[:size], tokens[size], own)
-                own = self.accept is None
-                nll.append(losses)
-                rows.append(change)
-                tokens = tokens[size:]
-                continue
-            part, tokens = tokens[:due], tokens[due:]
-            state, losses = self._predict(state, part)
-            nll.append(losses)
+        periods, length = self.periods, self.segment_tokens
+        with constant_parameters(self.model):
+            while tokens.numel():
+                cut = int(state.position) - state.segment.numel()  # where the open segment began
+                size = next_cut(cut, periods, length) - cut
+                due = size - state.segment.numel()
+                if due == 0:
+                    state, change = self._close(state, tokens[0], own)
+                    rows.append(change)
+                elif due == size and tokens.numel() > size:
+                    state, losses, change = self._whole(state, tokens[:size], tokens[size], own)
+                    nll.append(losses)
+                    rows.append(change)
+                    tokens = tokens[size:]
+                else:
+                    part, tokens = tokens[:due], tokens[due:]
+                    state, losses = self._predict(state, part)
+                    nll.append(losses)
         return state, read_out(state.levels, nll, rows)
 
     def end_document(self, state: ReadingState) -> tuple[ReadingState, ReadOut]:
@@ -156,9 +167,9 @@ class Reader:
         and the next token starts with a fresh sequence state. Levels and clocks go on."""
         rows = []
         if self.learning and state.segment.numel():
-            _, levels, _ = self._learn(state, state.segment, None)
-            rows.append(moved(state.levels, levels, int(state.position)))
-            state = state._replace(levels=levels)
+            with constant_parameters(self.model):
+                state, change = self._close(state, None, Own(state.levels))
+            rows.append(change)
         begun = self.begin(state.levels)
         return begun._replace(position=state.position), read_out(state.levels, [], rows)
 
@@ -166,8 +177,8 @@ class Reader:
         """What is open is learned now, and the document goes on. The prediction of its next token teaches nothing."""
         if not self.learning or not state.segment.numel():
             return state
-        _, levels, _ = self._learn(state, state.segment, None)
-        return state._replace(levels=levels, segment=state.segment[:0], before=state.now)
+        with constant_parameters(self.model):
+            return self._close(state, None, Own(state.levels))[0]._replace(now=state.now, before=state.now)
 
     @torch.no_grad()
     def _predict(self, state: ReadingState, tokens: Tensor) -> tuple[ReadingState, Tensor]:
@@ -178,37 +189,65 @@ class Reader:
         position = state.position + tokens.numel()
         return ReadingState(state.levels, position, segment, state.before, now, logits[0, -1]), losses
 
-    def _close(self, state: ReadingState, following: Tensor, own: bool) -> tuple[ReadingState, Tensor]:
-        """The token at the cut has arrived: write the levels with the segment, which came in pieces."""
-        _, levels, now = self._learn(state, state.segment, following, own)
-        change = moved(state.levels, levels, int(state.position))
+    def _close(self, state: ReadingState, following: Tensor | None, own: "Own") -> tuple[ReadingState, Tensor]:
+        """Write the levels with the segment, which came in pieces; the token at its end has arrived, or never will."""
+        _, levels, now, squares = self._learn(state, state.segment, following, own)
+        change = row_of(squares, levels, int(state.position))
         return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
 
     def _whole(
-        self, state: ReadingState, tokens: Tensor, following: Tensor, own: bool
+        self, state: ReadingState, tokens: Tensor, following: Tensor, own: "Own"
     ) -> tuple[ReadingState, Tensor, Tensor]:
         """A segment that arrives whole, with the token after it: one forward pass for prediction and learning."""
-        logits, levels, now = self._learn(state, tokens, following, own)
+        logits, levels, now, squares = self._learn(state, tokens, following, own)
         losses = _surprise(state.logits, logits[:-1], tokens)
         position = state.position + tokens.numel()
-        change = moved(state.levels, levels, int(position))
+        change = row_of(squares, levels, int(position))
         return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
 
     def _learn(
-        self, state: ReadingState, tokens: Tensor, following: Tensor | None, own: bool = False
-    ) -> tuple[Tensor, LevelsState, Any]:
-        """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end. own: nobody else
-        holds what the levels accumulated."""
+        self, state: ReadingState, tokens: Tensor, following: Tensor | None, own: "Own"
+    ) -> tuple[Tensor, LevelsState, Any, list[float]]:
+        """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end, and by how much
+        each level moved, squared and summed."""
         taps: list[Taps] = []
         with torch.enable_grad():
             weights = awake(self.model.levels, state.levels)
-            logits, now = constant(self.model)(tokens[None], state.before, weights=weights, taps=taps)
+            logits, now = self.model(tokens[None], state.before, weights=weights, taps=taps)
             targets = tokens[1:] if following is None else torch.cat([tokens[1:], following.view(1)])
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
-            levels = write(self.model.levels, state.levels, loss, taps, own=own)
-        if self.accept is not None:
-            levels = self.accept(state.levels, levels, loss.detach(), tokens.numel())
-        return logits[0].detach(), levels, detach(now)
+            gradients = backward(self.model.levels, loss, taps)
+        with torch.no_grad():
+            levels, squares = self._write(state.levels, gradients, loss.detach(), tokens.numel(), own)
+        return logits[0].detach(), levels, detach(now), squares
+
+    def _write(
+        self, before: LevelsState, gradients: list[Sequence[Gradient]], loss: Tensor, tokens: int, own: "Own"
+    ) -> tuple[LevelsState, list[float]]:
+        """The levels that stand after a segment, and by how much each moved, squared and summed."""
+        levels = self.model.levels
+        if self.accept is None:
+            tally = Tally(own.held)
+            after = advance(levels, before, gradients, own=own.accumulators, tally=tally)
+            own.accumulators = True
+            return after, squared_changes(before, after, tally.squares)
+        if self.accept.takes(before, gradients, loss, tokens):
+            after = advance(levels, before, gradients, own=own.accumulators)
+        else:
+            after = passed_over(levels, before, tokens)
+        own.accumulators = True
+        squares = squared_changes(before, after)
+        stands = self.accept.stands(before, after, squares)
+        return stands, [
+            0.0 if w is old else s for w, old, s in zip(stands.weights, before.weights, squares, strict=True)
+        ]
+
+
+class Own:
+    """What a call may add to where it lies: all but what is in the state that it was given, which the caller holds."""
+
+    def __init__(self, given: LevelsState) -> None:
+        self.held, self.accumulators = given, False
 
 
 def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
@@ -219,13 +258,23 @@ def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
 
 def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:
     """A row of `ReadOut.moved`: the position, and the root mean square of each level's change."""
-    row = [float(position)]
-    for old_maps, new_maps in zip(before.weights, after.weights, strict=True):
-        size = sum(weight.numel() for weight in old_maps)
-        pairs = zip(old_maps, new_maps, strict=True)
-        total = sum(_squared_distance(old, new) for old, new in pairs if old is not new)
-        row.append(math.sqrt(total / size))
-    return torch.tensor(row, dtype=torch.float64)
+    return row_of(squared_changes(before, after), after, position)
+
+
+def row_of(squares: Sequence[float], levels: LevelsState, position: int) -> Tensor:
+    """A row of `ReadOut.moved`, from the squares of each level's changes."""
+    sizes = [sum(weight.numel() for weight in maps) for maps in levels.weights]
+    means = [math.sqrt(square / size) for square, size in zip(squares, sizes, strict=True)]
+    return torch.tensor([float(position), *means], dtype=torch.float64)
+
+
+def squared_changes(before: LevelsState, after: LevelsState, known: Mapping[int, float] | None = None) -> list[float]:
+    """The squares of each level's changes, summed. known: those that are known already, by level."""
+    known = known or {}
+    return [
+        known[i] if i in known else sum(_squared_distance(a, b) for a, b in zip(old, new, strict=True) if a is not b)
+        for i, (old, new) in enumerate(zip(before.weights, after.weights, strict=True))
+    ]
 
 
 def _squared_distance(old: Tensor, new: Tensor) -> float:
@@ -238,10 +287,25 @@ def _squared_distance(old: Tensor, new: Tensor) -> float:
 
 def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
     """The model with its own parameters as constants: no graph before the first level, none of its weights in it."""
-    if not isinstance(model, nn.Module):
-        return model
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return lambda *args, **kwargs: torch.func.functional_call(model, parameters, args, kwargs)
+
+    def called(*given: Any, **options: Any) -> tuple[Tensor, Any]:
+        with constant_parameters(model):
+            return model(*given, **options)
+
+    return called
+
+
+@contextmanager
+def constant_parameters(model: LevelledModel) -> Iterator[None]:
+    """While inside, no parameter of the model asks for a gradient."""
+    asking = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def _surprise(first: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:

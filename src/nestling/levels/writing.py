@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nestling.memory.rule import EveryState, Gradient, Summed
+from nestling.memory.rule import Add, EveryState, Gradient, Summed
+from nestling.memory.state import map_tensors
 from nestling.memory.structure import Weights
 
 from .continuum import Tap, level
@@ -60,10 +61,16 @@ def write(
     the delta rules have the pairs that they need; groups of neurons share those of their block. Off its clock a level
     only accumulates. own: nobody else holds `state`, and what it accumulated is added to where it lies.
     """
+    gradients = backward(levels, loss, taps)
+    with torch.no_grad():
+        return advance(levels, state, gradients, own=own)
+
+
+def backward(levels: tuple[level, ...], loss: Tensor, taps: Sequence[Tap]) -> list[Sequence[Gradient]]:
+    """The gradient of `loss` for every map of each level that learns, from one backward pass."""
     outputs = tapped(levels, taps)
     found = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True) if outputs else ()
-    with torch.no_grad():
-        return step(levels, state, errors_of(outputs, found), taps, own=own)
+    return gradients_of(levels, errors_of(outputs, found), taps)
 
 
 def tapped(levels: tuple[level, ...], taps: Sequence[Tap]) -> list[Tensor]:
@@ -87,19 +94,42 @@ def step(
     own: bool = False,
 ) -> LevelsState:
     """The levels after one step of every clocked rule; `rows`: weights [b, out, in], a row of the batch each; `own` as
-    in `write`.
+    in `write`."""
+    return advance(levels, state, gradients_of(levels, errors, taps, rows), own=own)
 
-    A level that starts again does so after its own step, where the clock of the next slower one ticks.
+
+def gradients_of(
+    levels: tuple[level, ...], errors: Mapping[int, Tensor], taps: Sequence[Tap], rows: bool = False
+) -> list[Sequence[Gradient]]:
+    """Of each level that learns, the gradient of every map; nothing of the others."""
+    return [
+        () if lvl.period == math.inf else tap.pairs([errors[id(output)] for output in tap.outputs], rows)
+        for lvl, tap in zip(levels, taps, strict=True)
+    ]
+
+
+def advance(
+    levels: tuple[level, ...],
+    state: LevelsState,
+    gradients: Sequence[Sequence[Gradient]],
+    *,
+    own: bool = False,
+    tally: "Tally | None" = None,
+) -> LevelsState:
+    """The levels after one step of every clocked rule on these gradients; `own` as in `write`.
+
+    A level that starts again does so after its own step, where the clock of the next slower one ticks. tally: how
+    weights are added to, and by how much they move.
     """
     weights, rules, starts = list(state.weights), list(state.rules), list(state.starts)
-    for i, (lvl, tap) in enumerate(zip(levels, taps, strict=True)):
+    for i, (lvl, found) in enumerate(zip(levels, gradients, strict=True)):
         if lvl.period == math.inf:
             continue
-        pairs = tap.pairs([errors[id(output)] for output in tap.outputs], rows)
-        weights[i], rules[i] = _stepped(lvl, weights[i], pairs, rules[i], own)
         start = starts[i] if starts else None
+        add = None if tally is None or start is not None else tally.adder(i)
+        weights[i], rules[i] = _stepped(lvl, weights[i], found, rules[i], own, add)
         if start is not None:
-            starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], pairs)
+            starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], found)
             if ticked:
                 weights[i] = starts[i].weights  # type: ignore[union-attr]
                 fresh = zip(_fresh(lvl, weights[i]), rules[i], strict=True)
@@ -107,11 +137,42 @@ def step(
     return LevelsState(tuple(weights), tuple(rules), tuple(starts))
 
 
+class Tally:
+    """Adds to weights where they lie, except to those of `held`, which somebody else holds; and tells by how much
+    those moved that it added to, since nothing is left to compare them with."""
+
+    def __init__(self, held: LevelsState) -> None:
+        self.held = {id(weight): weight for maps in held.weights for weight in maps}
+        self.squares: dict[int, float] = {}  # level -> squares of the changes, summed
+
+    def adder(self, index: int) -> Add:
+        def add(weight: Tensor, times: float, added: Tensor) -> Tensor:
+            norm = float(torch.linalg.vector_norm(added)) * times
+            self.squares[index] = self.squares.get(index, 0.0) + norm * norm
+            return torch.add(weight, added, alpha=times) if id(weight) in self.held else weight.add_(added, alpha=times)
+
+        return add
+
+
+def passed_over(levels: tuple[level, ...], state: LevelsState, tokens: int) -> LevelsState:
+    """The levels after a segment that teaches nothing: clocks go on, and a tick steps on what came before it."""
+    nothing: list[Sequence[Gradient]] = []
+    for lvl, rules in zip(levels, state.rules, strict=True):
+        zeros = [map_tensors(torch.zeros_like, (rule.gradient, rule.inputs)) for rule in rules]
+        nothing.append(() if lvl.period == math.inf else [Summed(total, gram, tokens) for total, gram in zeros])
+    return advance(levels, state, nothing)
+
+
 def _stepped(
-    lvl: level, maps: Weights, gradients: Sequence[Gradient], rules: Rules, own: bool = False
+    lvl: level,
+    maps: Weights,
+    gradients: Sequence[Gradient],
+    rules: Rules,
+    own: bool = False,
+    add: Add | None = None,
 ) -> tuple[Weights, Rules]:
     after = [
-        lvl.clocked.step(weight, gradient, rule, lvl.gates, own)
+        lvl.clocked.step(weight, gradient, rule, lvl.gates, own, add)
         for weight, gradient, rule in zip(maps, gradients, rules, strict=True)
     ]
     return tuple(weight for weight, _ in after), tuple(rule for _, rule in after)

@@ -54,6 +54,8 @@ class _decaying(Retention, abstract=True):
     """W <- a W with a = exp(log_retention), of whatever stands there."""
 
     def keep(self, weight: Tensor, start: Tensor | None, log_retention: Tensor | float) -> Tensor:
+        if not isinstance(log_retention, Tensor) and log_retention == 0.0:
+            return weight
         return weight * _fraction(log_retention)
 
 

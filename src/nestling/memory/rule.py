@@ -13,6 +13,7 @@ computed at once (`nestling.sequence.chunk`). Oracles: `memory.naive` token by t
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
 Scaled = tuple[Tensor, float, State]
 """An update in two, a tensor and the number that multiplies it; and the state."""
+Add = Callable[[Tensor, float, Tensor], Tensor]
+"""(weight, times, added) -> weight + times * added."""
 
 
 class Rule(Part, family=True):
@@ -592,10 +595,17 @@ class every(Rule):
         return EveryState(elapsed, torch.zeros_like(weight), inputs, self.of.init(weight))
 
     def step(
-        self, weight: Tensor, gradient: Gradient, state: State, gates: Gates, own: bool = False
+        self,
+        weight: Tensor,
+        gradient: Gradient,
+        state: State,
+        gates: Gates,
+        own: bool = False,
+        add: Add | None = None,
     ) -> tuple[Tensor, State]:
         """One step. own: the sum in `state` is the caller's alone and is used up, so that a gradient is added to it
-        where it lies; the one exception to purity, for who holds the only state. Weights are never written over."""
+        where it lies; the one exception to purity, for who holds the only state. Weights are never written over, but
+        by `add`: how a tick's update is added, where the rule keeps the weight as it is and adds to it."""
         if self.period == math.inf:
             return weight, state
         own = own and not torch.is_grad_enabled() and state.gradient.is_contiguous()
@@ -603,13 +613,21 @@ class every(Rule):
         total = gradient.added_to(state.gradient, own)
         inputs = None if state.inputs is None else state.inputs + gradient.gram()
         tick = elapsed >= self.period * _ALMOST if self.timed else elapsed >= self.period
-        if not bool(tick.any()):
+        some = bool(tick if tick.dim() == 0 else tick.any())
+        if not some:
             return weight, EveryState(elapsed, total, inputs, state.of)
+        every_row = some if tick.dim() == 0 else bool(tick.all())
         gates = gates._replace(step_size=gates.step_size / self.period)
-        summed = Summed(total, inputs, tokens=0)
-        stepped, inner = self.of.step(weight, summed, self.of.anchor(state.of), gates)
+        summed, inner = Summed(total, inputs, tokens=0), self.of.anchor(state.of)
+        if add is not None and every_row and isinstance(self.of, Direction):
+            added, times, inner = self.of.scaled(weight, summed, inner, gates)
+            stepped = (
+                add(weight, times, added) if not _lies_in(weight, inner) else torch.add(weight, added, alpha=times)
+            )
+        else:
+            stepped, inner = self.of.step(weight, summed, inner, gates)
         left, emptied = self._left_over(elapsed), None if inputs is None else torch.zeros_like(inputs)
-        if bool(tick.all()):
+        if every_row:
             free = own and not _lies_in(total, (stepped, inner))
             return stepped, EveryState(left, total.zero_() if free else torch.zeros_like(total), emptied, inner)
         after = EveryState(left, torch.zeros_like(total), emptied, inner)

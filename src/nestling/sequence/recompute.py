@@ -1,7 +1,7 @@
 """Keep what a function was given, and compute the rest again for its gradients.
 
 torch.utils.checkpoint does the same for any function, by a hook on every tensor that autograd keeps; for the many small
-operations of a chunk those hooks take up to a third of the forward pass (docs/log.md).
+operations of a chunk those hooks take up to a quarter of the forward pass (docs/log.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -5,44 +5,107 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from nestling.memory import gradient_descent
+from nestling.memory.state import flatten
 from nestling.sequence import self_modifying, sequence_memory
+from nestling.sequence.recompute import recompute
 
 CHUNK, DIM = 32, 16
 MIXERS = {
     "sequence_memory": lambda **how: sequence_memory(chunk=CHUNK, **how),
     "self_modifying": lambda **how: self_modifying(chunk=CHUNK, projection_chunk=CHUNK, **how),
     "self_modifying, two sizes": lambda **how: self_modifying(chunk=2 * CHUNK, projection_chunk=CHUNK, **how),
-    "recurrent": lambda **how: sequence_memory(chunk=CHUNK, way="recurrent", **how),
+    "recurrent": lambda **how: sequence_memory(chunk=CHUNK // 2, way="recurrent", **how),
+    "stepped": lambda **how: sequence_memory(chunk=CHUNK, way="stepped", read="boundary", **how),
+    "window": lambda **how: sequence_memory(rule=gradient_descent(), chunk=CHUNK, window=3, **how),
 }
 
 
-def run(mixer: str, chunks: int, **how) -> tuple[list[Tensor], int]:
-    """Output and gradients over `chunks` chunks and a half, and how many numbers the backward pass kept."""
-    layer = MIXERS[mixer](**how).build(DIM, 2, torch.Generator().manual_seed(0))
-    x = torch.randn(2, chunks * CHUNK + CHUNK // 2, DIM, generator=torch.Generator().manual_seed(1))
-    x.requires_grad_()
-    kept: dict[int, int] = {}
+def build(mixer: str, dtype: torch.dtype = torch.float32, **how) -> torch.nn.Module:
+    return MIXERS[mixer](**how).build(DIM, 2, torch.Generator().manual_seed(0)).to(dtype)
+
+
+def tokens(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, length, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype).requires_grad_()
+
+
+def documents(length: int) -> dict[str, Tensor]:
+    """The second row begins a document inside of the second chunk, and ends before the first does."""
+    reset, valid = torch.zeros(2, length, dtype=torch.bool), torch.ones(2, length, dtype=torch.bool)
+    reset[1, CHUNK + 5], valid[1, -7:] = True, False
+    return {"reset": reset, "valid": valid}
+
+
+def kept(mixer: str, chunks: int, **how) -> int:
+    """How many bytes the backward pass keeps over `chunks` chunks and a half."""
+    layer, x = build(mixer, **how), tokens(chunks * CHUNK + CHUNK // 2)
+    found: dict[int, int] = {}
 
     def keep(saved: Tensor) -> Tensor:
-        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        found[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
         return saved
 
     with saved_tensors_hooks(keep, lambda saved: saved):
         y, _ = layer(x)
-    found = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-    return [y, *found], sum(kept.values())
+    del y
+    return sum(found.values())
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_outputs_and_gradients_are_the_same(mixer):
-    plain, _ = run(mixer, 5)
-    again, _ = run(mixer, 5, checkpoint=True)
-    for a, b in zip(plain, again, strict=True):
-        torch.testing.assert_close(a, b)
+def test_outputs_and_gradients_are_the_same(mixer, cut):
+    found = []
+    for checkpoint in (False, True):
+        layer, x = build(mixer, torch.float64, checkpoint=checkpoint), tokens(2 * CHUNK + 9, torch.float64)
+        y, state = layer(x, **documents(x.shape[1]) if cut else {})
+        left = [part for part in flatten(state).values() if part.is_floating_point()]
+        loss = y.square().sum() + sum(part.square().sum() for part in left)  # what goes on from here learns too
+        found.append([y, *left, *torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", ["sequence_memory", "self_modifying"])
+def test_second_gradients_are_the_same(mixer):
+    found = []
+    for checkpoint in (False, True):
+        layer, x = build(mixer, torch.float64, checkpoint=checkpoint), tokens(CHUNK + 3, torch.float64)
+        everything = [x, *layer.parameters()]
+        first = torch.autograd.grad(layer(x)[0].square().sum(), everything, create_graph=True)
+        found.append(torch.autograd.grad(sum(part.square().sum() for part in first), everything))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", ["sequence_memory", "self_modifying"])
+def test_autocast(mixer):
+    found = []
+    for checkpoint in (False, True):
+        layer, x = build(mixer, checkpoint=checkpoint), tokens(CHUNK + 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = layer(x)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_what_takes_no_part():
+    """Numbers and whole numbers pass through; what nobody asks for, and what nothing leads to, has no gradient."""
+    x, y, count = torch.tensor(3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True), torch.tensor([4])
+
+    def function(given, factor):
+        x, y, count = given
+        return x * factor, (count + 1, y.detach() * factor, x), None
+
+    twice, (more, constant, same), none = recompute(function, (x, y, count), 2.0)
+    assert (twice.item(), more.item(), constant.item(), none) == (6.0, 5, 4.0, None)
+    assert torch.autograd.grad(twice + 10.0 * same, [x, y], allow_unused=True, retain_graph=True) == (12.0, None)
+    assert torch.autograd.grad(constant, [x, y], allow_unused=True) == (None, None)
 
 
 @pytest.mark.parametrize(("mixer", "share"), [("sequence_memory", 0.5), ("self_modifying", 0.25)])
 def test_a_chunk_more_keeps_little_more(mixer, share):
-    plain = run(mixer, 12)[1] - run(mixer, 6)[1]
-    again = run(mixer, 12, checkpoint=True)[1] - run(mixer, 6, checkpoint=True)[1]
+    plain = kept(mixer, 12) - kept(mixer, 6)
+    again = kept(mixer, 12, checkpoint=True) - kept(mixer, 6, checkpoint=True)
     assert again < share * plain

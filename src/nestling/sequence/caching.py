@@ -1,7 +1,7 @@
 """Memory Caching: the memory as it stood at the end of earlier segments is kept, and read beside the one of now."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,17 +123,24 @@ class Caching(MixerModule):
         layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
-        tokens = layout.cut(layout.spread(x).to(state.total.dtype), 1)
+        spread = layout.spread(x).to(state.total.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            asked = None if self.asks is None else layout.cut(self.asks(spread), 1)
+        tokens = layout.cut(spread, 1)
+        own = list(zip(tokens, asked or (None,) * len(tokens), strict=True))
 
-        def step(index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
-            return self._step(tokens[index], piece, pairs, queries, states)
+        def step(piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
+            x, asked = own
+            return self._step(x, asked, piece, pairs, queries, states)
 
-        y, states, tail = self.memory.through(x, state.tail, layout, _packed(state), _packed(start), step)
+        y, states, tail = self.memory.through(x, state.tail, layout, _packed(state), _packed(start), step, own)
         memory, kept = states
         return self.memory.output(y, x), CachingState(layout.phase, tail, memory, kept.running, *kept.rule[0])
 
-    def _step(self, x: Tensor, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
-        """One piece of inputs [b, c, d]."""
+    def _step(
+        self, x: Tensor, asked: Tensor | None, piece: Piece, pairs: Writes, queries: Tensor, states: States
+    ) -> tuple[Tensor, States]:
+        """One piece of inputs [b, c, d], and of what they ask the caches for [b, c, d]."""
         memory, kept = states
         if piece.opens[1] is not False:
             kept = self._keep(kept, memory.running, piece.opens[1])
@@ -143,7 +150,7 @@ class Caching(MixerModule):
         held = torch.ones_like(x[..., 0], dtype=torch.int64) if pairs.valid is None else pairs.valid.long()
         counts = segments.tokens[:, None] + held.cumsum(1)
         n = int(segments.exists.sum(1).max())  # slots that some row has filled
-        gates = self._gates(x, totals / counts.clamp(min=1)[..., None], segments, n)
+        gates = self._gates(asked, totals / counts.clamp(min=1)[..., None], segments, n)
         cached = tuple(weight[:, :, weight.shape[2] - n :] for weight in kept.running)
         if self.expression.read == "soup":
             assert gates is not None
@@ -171,12 +178,12 @@ class Caching(MixerModule):
         weights = tuple(torch.cat([old[:, :, 1:], new.unsqueeze(2)], 2) for old, new in pairs)
         return select(rows, MemoryState((), weights, (pushed,)), kept)
 
-    def _gates(self, x: Tensor, present: Tensor, segments: _Segments, n: int) -> Tensor | None:
+    def _gates(self, asked: Tensor | None, present: Tensor, segments: _Segments, n: int) -> Tensor | None:
         """Weights [b, h, c, 1 + n] of the memory of now and of the last n cached ones; None where all are summed."""
-        if self.asks is None:
+        if asked is None:
             return None
         heads = self.memory.heads
-        asked, now = (part.unflatten(-1, (heads, -1)) for part in (self.asks(x), present))  # [b, c, h, k]
+        asked, now = (part.unflatten(-1, (heads, -1)) for part in (asked, present))  # [b, c, h, k]
         first = segments.means.shape[1] - n
         past = segments.means[:, first:].unflatten(-1, (heads, -1))
         own = (asked * now).sum(-1)[..., None]

@@ -1,6 +1,6 @@
 """A memory as a layer: keys, values, queries and gates projected from the tokens. Titans and its kin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,10 +102,18 @@ class SequenceMemory(MixerModule):
         return state.memory.running
 
     def through(
-        self, x: Tensor, tail: Tensor, layout: Layout, states: States, starts: States, step: "MemoryStep"
+        self,
+        x: Tensor,
+        tail: Tensor,
+        layout: Layout,
+        states: States,
+        starts: States,
+        step: "MemoryStep",
+        own: Sequence[Any] = (),
     ) -> tuple[Tensor, States, Tensor]:
         """Project x [b, t, d] and go through the layout's pieces with `step`: what was read [b, h, t, v], by token;
-        the states and the convolution's tail after it. The first of the states is that of this memory."""
+        the states and the convolution's tail after it. The first of the states is that of this memory. own: for every
+        piece, the tensors in tuples that `step` needs besides; gradients may reach no others (`scan.scan`)."""
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), tail, layout)
         raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
@@ -124,19 +132,24 @@ class SequenceMemory(MixerModule):
             carry = self.memory.transfers(states[0], gates) if whole else [None] * len(gates)
             q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
 
-            def one(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
+            given = []
+            for index, piece in enumerate(layout.pieces):
                 here: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
                 pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
-                return step(index, piece, pairs._replace(**here), q[index], states)
+                given.append((pairs._replace(**here), q[index], own[index] if own else ()))
 
-            y, states = scan(layout, states, starts, one, checkpoint=self.memory.checkpoint)
+            def one(piece: Piece, given: tuple[Writes, Tensor, Any], states: States) -> tuple[Tensor, States]:
+                return step(piece, *given, states)
+
+            y, states = scan(layout, states, starts, given, one, checkpoint=self.memory.checkpoint)
         return layout.gather(y.transpose(1, 2)).transpose(1, 2), states, tail
 
-    def step(self, index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
+    def step(self, piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
         """One piece: open the chunk where one opens, write, and read."""
         y, after = self.memory.run(self.memory.open(states[0], piece.opens[0]), pairs, queries)
         return y, (after, *states[1:])
 
 
-MemoryStep = Callable[[int, Piece, Writes, Tensor, States], tuple[Tensor, States]]
-"""(index of the piece, it, what is written, queries [b, h, c, k], states) -> what is read [b, h, c, v], states."""
+MemoryStep = Callable[[Piece, Writes, Tensor, Any, States], tuple[Tensor, States]]
+"""(piece, what is written, queries [b, h, c, k], what else the step was given, states) -> what is read [b, h, c, v],
+states."""

@@ -1,14 +1,13 @@
 """Run one memory over tokens: state, and the recurrent and the chunked way of writing and reading it."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
 from nestling.memory.retention import decay_to_anchor, decay_to_start
@@ -33,6 +32,7 @@ from . import stepped
 from . import window as windows
 from .by_channel import run_by_channel
 from .layout import Layout, Piece
+from .recompute import recompute
 
 
 class MemoryState(NamedTuple):
@@ -440,20 +440,25 @@ _CHOICES = {
 
 
 SIDE_BY_SIDE = 16  # chunks whose transfers are computed at once: more would only leave the caches
-Step = Callable[[int, Piece, States], tuple[Tensor, States]]
+Step = Callable[[Piece, Any, States], tuple[Tensor, States]]
+"""(piece, what it is given, states) -> what is read [b, h, c, v], states."""
 
 
 def scan(
-    layout: Layout, states: States, starts: States, step: Step, *, checkpoint: bool = False
+    layout: Layout, states: States, starts: States, given: Sequence[Any], step: Step, *, checkpoint: bool = False
 ) -> tuple[Tensor, States]:
     """Go through a layout's pieces: rows that begin a document there take the start states; `step` opens chunks,
-    writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece."""
+    writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece.
+
+    given: for every piece, the tensors that `step` needs, in tuples. checkpoint: each step is computed again for its
+    gradients, which then reach what is given, and nothing that `step` holds itself.
+    """
     reads = []
     if checkpoint and torch.is_grad_enabled():
-        step = partial(recompute, step, use_reentrant=False, preserve_rng_state=False)
-    for index, piece in enumerate(layout.pieces):
+        step = partial(recompute, step)
+    for piece, here in zip(layout.pieces, given, strict=True):
         if piece.reset is not None:
             states = select(piece.reset, starts, states)
-        y, states = step(index, piece, states)
+        y, states = step(piece, here, states)
         reads.append(y)
     return torch.cat(reads, -2), states

@@ -162,7 +162,7 @@ class SelfModifying(MixerModule):
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
         raw = layout.spread(self.gates(x))
         bounded: dict[int, tuple[Piece, Tensor]] = {}
-        own = (self.value_scale[:, None, None], self.gate_bias)  # as they are now: a step may be computed again later
+        own = (self.value_scale[:, None, None], self.gate_bias)
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
             n = (1 + len(self.projected)) * self.heads
@@ -170,23 +170,27 @@ class SelfModifying(MixerModule):
             u, *projected = (layout.cut(part, -2) for part in streams.split(self.heads, 1))
             raw_gates = layout.cut(raw.to(dtype).mT.unflatten(1, (-1, self.heads)), -1)  # [b, gate, h, c] each
 
-            def step(index: int, piece: Piece, states: States) -> tuple[Tensor, States]:
-                present = layout.present(piece)
+            places = [layout.present(piece) for piece in layout.pieces]
+            given = [(own, *parts) for parts in zip(places, raw_gates, u, *projected, strict=True)]
+
+            def step(piece: Piece, given: Any, states: States) -> tuple[Tensor, States]:
+                own, present, raw_gates, u, *projected = given
                 *generators, main = self.memories
                 *opened, known = (
                     memory.open(state, piece.opens[memory is main])
                     for memory, state in zip(self.memories, states, strict=True)
                 )
-                vectors = [part[index] for part in projected]
-                q, k, v, gates, near = self.project(opened, u[index], vectors, raw_gates[index], *own)
-                bounded[index] = (piece, near if present is None else near & present[:, None])
+                q, k, v, gates, near = self.project(opened, u, projected, raw_gates, *own)
+                bounded[piece.start] = (piece, near if present is None else near & present[:, None])
                 carry = main.transfer(known, gates) if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
                 y, known = main.run(known, pairs, q)
                 written = (memory.run(state, pairs)[1] for memory, state in zip(generators, opened, strict=True))
                 return y, (*written, known)
 
-            y, memories = scan(layout, state.memories, start.memories, step, checkpoint=self.expression.checkpoint)
+            y, memories = scan(
+                layout, state.memories, start.memories, given, step, checkpoint=self.expression.checkpoint
+            )
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
         count = _count(state.bounded, list(bounded.values()))
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)

@@ -99,15 +99,16 @@ class Shards(MixerModule):
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
         starts = self._packed(start)
+        own = [() if piece.opens[1] is False else starts for piece in layout.pieces]
 
-        def step(index: int, piece: Piece, pairs: Writes, queries: Tensor, states: States) -> tuple[Tensor, States]:
+        def step(piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
             rows = piece.opens[1]
             if rows is not False:
-                states = starts if rows is True else select(rows, starts, states)
+                states = own if rows is True else select(rows, own, states)
             queries, *projection = self._project(pairs, queries, states[1:])
-            return self.memory.step(index, piece, pairs, queries, (states[0], *projection))
+            return self.memory.step(piece, pairs, queries, (), (states[0], *projection))
 
-        y, (memory, *keys), tail = self.memory.through(x, state.tail, layout, self._packed(state), starts, step)
+        y, (memory, *keys), tail = self.memory.through(x, state.tail, layout, self._packed(state), starts, step, own)
         products = tuple(of_keys.running[0] for of_keys in keys)
         return self.memory.output(y, x), ShardState(layout.phase, tail, memory, products)
 

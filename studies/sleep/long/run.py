@@ -41,6 +41,7 @@ from nestling.sleep import (
     affordable,
     any_token,
     draws,
+    evict,
     merge,
     mixture,
     prefixes,
@@ -53,7 +54,7 @@ from nestling.train import Stream, TrainConfig, Trainer
 
 BITS = 1.4426950408889634
 HERE = Path(__file__).resolve().parent
-ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, reservoir")
+ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, evict", "sleep, reservoir")
 Row = dict[str, Any]
 DORMANT = 0.025  # of the mean activity of a level's units
 
@@ -75,7 +76,7 @@ class Form:
     perturb: float  # share of a fresh draw of weights that is added
     sleep: SleepConfig
     reservoir: int  # bytes of wake text kept by the arm that keeps some
-    arms: tuple[str, ...] = ARMS[:5]
+    arms: tuple[str, ...] = ARMS[:6]
     read_bytes: int = 700_000  # of English, half of it for pre-training
 
 
@@ -159,7 +160,7 @@ def pretrained(form: Form, english: bytes, seed: int) -> Growing:
 def arm_of(form: Form, model: Growing, name: str) -> Arm:
     """How a life of this name spends its nights."""
     if name == "default night":
-        told = affordable(model, form.body_bytes, replace(SleepConfig(), when_full=merge()))
+        told = affordable(model, form.body_bytes)
         if told is None:
             raise ValueError(f"body_bytes: {form.body_bytes} tokens pay for no default night")
         return sleeping(told)
@@ -167,6 +168,8 @@ def arm_of(form: Form, model: Growing, name: str) -> Arm:
         length = form.sleep.length
         source = mixture((any_token(), prefixes(length // 2)), (0.5, 0.5))
         return sleeping(replace(form.sleep, source=source), form.reservoir // length, length)
+    if name == "sleep, evict":
+        return sleeping(replace(form.sleep, when_full=evict()))
     return sleeping(form.sleep) if name == "sleep" else no_sleep()
 
 

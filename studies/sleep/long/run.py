@@ -1,6 +1,7 @@
 """Does a life that sleeps stay small, and does it stay able to learn? Thirty bodies, or fifty, and as many nights.
 
     python studies/sleep/long/run.py --full [--resume]
+    python studies/sleep/long/run.py --small-steps [--resume]
     python studies/sleep/long/run.py --tune
 
 A small Hope-Attention is pre-trained on English documentation, then reads body after body. Every body is a piece of
@@ -41,7 +42,6 @@ from nestling.sleep import (
     affordable,
     any_token,
     draws,
-    evict,
     merge,
     mixture,
     prefixes,
@@ -54,7 +54,7 @@ from nestling.train import Stream, TrainConfig, Trainer
 
 BITS = 1.4426950408889634
 HERE = Path(__file__).resolve().parent
-ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, evict", "sleep, reservoir")
+ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, reservoir")
 Row = dict[str, Any]
 DORMANT = 0.025  # of the mean activity of a level's units
 
@@ -76,7 +76,7 @@ class Form:
     perturb: float  # share of a fresh draw of weights that is added
     sleep: SleepConfig
     reservoir: int  # bytes of wake text kept by the arm that keeps some
-    arms: tuple[str, ...] = ARMS[:6]
+    arms: tuple[str, ...] = ARMS[:5]
     read_bytes: int = 700_000  # of English, half of it for pre-training
 
 
@@ -95,6 +95,7 @@ FULL = Form(
     sleep=SleepConfig(seeding=SeedConfig(steps=0), dreams=32, held_out=16, length=16, rehearsal=1.0, when_full=merge()),
     reservoir=2_048,
 )
+SMALL_STEPS = replace(FULL, scale=1.0, sleeps=30, arms=("fresh", "default night", "sleep", "none"))
 QUICK = replace(
     FULL,
     runs=(0,),
@@ -168,8 +169,6 @@ def arm_of(form: Form, model: Growing, name: str) -> Arm:
         length = form.sleep.length
         source = mixture((any_token(), prefixes(length // 2)), (0.5, 0.5))
         return sleeping(replace(form.sleep, source=source), form.reservoir // length, length)
-    if name == "sleep, evict":
-        return sleeping(replace(form.sleep, when_full=evict()))
     return sleeping(form.sleep) if name == "sleep" else no_sleep()
 
 
@@ -371,6 +370,7 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--quick", action="store_true")
     form.add_argument("--full", action="store_true")
+    form.add_argument("--small-steps", action="store_true", help="the full form with an eighth of its step sizes")
     form.add_argument("--tune", action="store_true")
     parser.add_argument("--texts", type=Path, help="a file of text to use instead of Python's own documentation")
     parser.add_argument("--only", nargs="*", help="names of arms")
@@ -383,6 +383,8 @@ def main() -> None:
     if told.tune:
         return tune(told.out)
     chosen, name = (FULL, "full") if told.full else (QUICK, "quick")
+    if told.small_steps:
+        chosen, name = SMALL_STEPS, "small_steps"
     chosen = replace(chosen, arms=tuple(told.only or chosen.arms), runs=tuple(told.runs or chosen.runs))
     study(chosen, name, told.out, resume=told.resume, given=told.texts.read_bytes() if told.texts else None)
 

@@ -116,7 +116,7 @@ def size(lives: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(lives: list[dict[str, Any]], bits: float, each: int, file: Path) -> None:
-    """Means over runs: bits after each body and tokens to the target, less the fresh model's; old text; size."""
+    """Means over runs: bits after each body and tokens to the target, less the fresh model's; old text; slots."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -136,16 +136,17 @@ def draw(lives: list[dict[str, Any]], bits: float, each: int, file: Path) -> Non
             ]
             smooth = [sum(values[max(0, k - 2) : k + 3]) / len(values[max(0, k - 2) : k + 3]) for k in range(count)]
             axis.plot(smooth, label=arm)
-        rows = next(life["rows"] for life in lives if life["arm"] == arm)
-        axes[1, 1].plot([row["level bytes"] / 1024 for row in rows], label=arm)
-    axes[1, 1].axhline(lives[0]["budget"] / 1024, color="0.5", linestyle="--", label="budget")
+        slept = [life["rows"][:count] for life in lives if life["arm"] == arm and life["rows"][-1]["slot norm"] > 0]
+        for rows in slept:
+            color = axes[0, 0].lines[-1].get_color()
+            axes[1, 1].semilogy([row["slot norm"] or math.nan for row in rows], color=color)
     axes[0, 0].set_ylabel("bits a byte after a body, less fresh")
     axes[0, 1].set_ylabel("tokens to the target, less fresh")
     axes[1, 0].set_ylabel("English held out, bits a byte")
-    axes[1, 1].set_ylabel("size after each body, KiB, first run")
+    axes[1, 1].set_ylabel("norm of the slots, each run")
     for axis in axes[1]:
         axis.set_xlabel("bodies read")
-    axes[1, 1].legend(frameon=False)
+    axes[1, 0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 

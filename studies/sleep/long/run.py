@@ -42,6 +42,7 @@ from nestling.sleep import (
     affordable,
     any_token,
     draws,
+    evict,
     merge,
     mixture,
     prefixes,
@@ -54,7 +55,7 @@ from nestling.train import Stream, TrainConfig, Trainer
 
 BITS = 1.4426950408889634
 HERE = Path(__file__).resolve().parent
-ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, reservoir")
+ARMS = ("none", "fresh", "shrink and perturb", "sleep", "default night", "sleep, reservoir", "sleep, evict")
 Row = dict[str, Any]
 DORMANT = 0.025  # of the mean activity of a level's units
 
@@ -169,6 +170,8 @@ def arm_of(form: Form, model: Growing, name: str) -> Arm:
         length = form.sleep.length
         source = mixture((any_token(), prefixes(length // 2)), (0.5, 0.5))
         return sleeping(replace(form.sleep, source=source), form.reservoir // length, length)
+    if name == "sleep, evict":
+        return sleeping(replace(form.sleep, when_full=evict()))
     return sleeping(form.sleep) if name == "sleep" else no_sleep()
 
 

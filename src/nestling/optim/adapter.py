@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
+from .capture import Captured, as_the_gradient_is, captured_into
 from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
@@ -19,27 +20,15 @@ PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 launches do not count."""
 
 
-class Captured(NamedTuple):
-    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows; where a rule
-    needs them, the pairs themselves, errors at the output [n, out] and inputs [n, in]."""
-
-    gram: Tensor
-    rows: int
-    errors: tuple[Tensor, ...] = ()
-    inputs: tuple[Tensor, ...] = ()
-
-
-_NOTHING = Captured(0.0, 0)  # type: ignore[arg-type]
-
-
 class RuleOptimizer(torch.optim.Optimizer):
     """Steps parameters by a `Rule`: weight, state <- rule.step(weight, gradient, state, gates).
 
     Each group holds its gates: lr (the step size), momentum, retention (the fraction kept), and tokens: how many
     tokens (or steps) one gradient sums, which is what `every` counts. A parameter [..., out, in] of more than two
-    dims is as many matrices; of fewer, a column. Parameters of one shape are stepped in one go; those of rules that
-    act entry by entry, in pieces that fit the cache. Rules that need the inputs of a linear layer
-    (delta_gradient_descent, normalize) learn them from `capture(module)`.
+    dims is as many matrices (that of a convolution seen by `capture` is one, [out, in * kernel]); of fewer, a column.
+    Parameters of one shape are stepped together, up to PIECE entries at once: small ones in one go, on a CPU large
+    ones one by one, and those of rules that act entry by entry in pieces that fit the cache. Rules that need the
+    inputs of a layer (delta_gradient_descent, normalize) learn them from `capture(module)`.
 
     nonfinite: a gradient that is not finite "raise"s FloatingPointError with the parameter's name before anything
     has changed, or the whole step is "skip"ped and counted in `skipped`. differentiable: steps are recorded by
@@ -119,31 +108,20 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
-        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step; for rules
+        """While open, sums x x^T over the inputs of every nn.Linear of the module, and over the patches of every
+        nn.Conv1d to 3d that has one group, as backward() passes them, until the next step or `zero_grad`; for rules
         that need every pair it keeps the inputs, and the errors that backward() brings to the outputs."""
-        pairs = any(self.express(group)[0].needs_pairs for group in self.param_groups)
-
-        def note(weight: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            if not pairs:
-                seen = self.captured.get(weight, _NOTHING)
-                self.captured[weight] = Captured(seen.gram + x.mT @ x, seen.rows + x.shape[0])
-            elif output.requires_grad:
-                output.register_hook(partial(self._pair, weight, x))
-
-        linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        # known by their weights of now: inside a sharded forward pass a layer has others
-        hooks = [layer.register_forward_hook(partial(note, layer.weight)) for layer in linears]
-        try:
+        rules = [self.express(group)[0] for group in self.param_groups]
+        if any(rule.needs_inputs or rule.needs_pairs for rule in rules):
+            with captured_into(self.captured, module, pairs=any(rule.needs_pairs for rule in rules)):
+                yield
+        else:
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _pair(self, weight: Tensor, x: Tensor, error: Tensor) -> None:
-        seen = self.captured.get(weight, _NOTHING)
-        errors = (*seen.errors, error.detach().reshape(-1, error.shape[-1]))
-        self.captured[weight] = Captured(seen.gram, seen.rows + x.shape[0], errors, (*seen.inputs, x))
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was captured with those gradients goes too."""
+        super().zero_grad(set_to_none)
+        self.captured.clear()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given. Under
@@ -158,6 +136,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._finite():
+            self._fit_pairs()
             for group in self.param_groups:
                 with torch.set_grad_enabled(group["differentiable"]):
                     self._step_group(group)
@@ -186,6 +165,20 @@ class RuleOptimizer(torch.optim.Optimizer):
             if wrong:
                 return False
         return True
+
+    def _fit_pairs(self) -> None:
+        """Pairs are what backward() saw; what was done to their sum since, in `.grad`, is done to them."""
+        if not any(known.errors for known in self.captured.values()):
+            return
+        for name, parameter in (named for group in self.param_groups for named in self._named(group)):
+            if parameter in self.captured and parameter.grad is not None and not is_sharded(parameter):
+                self.captured[parameter] = as_the_gradient_is(name, self.captured[parameter], parameter.grad)
+
+    def _matrix(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """A parameter as what the rule steps: of a convolution whose patches were captured, one matrix."""
+        if parameter.dim() < 2:
+            return part.reshape(-1, 1)
+        return part.flatten(1) if part.dim() > 2 and parameter in self.captured else part
 
     def _step_group(self, group: dict[str, Any]) -> None:
         rule, gates = self.express(group)
@@ -262,13 +255,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         total = local(parameter.grad).reshape(weight.shape).to(weight.dtype)
         known = self.captured.get(parameter)
         if known is not None and known.errors:
-            return Pairs(*(torch.cat(rows).to(weight.dtype) for rows in (known.errors, known.inputs)))
+            return Pairs(known.errors[0].to(weight.dtype), known.inputs[0].to(weight.dtype))
         return Summed(total, None if known is None else self.gram(group, known), group["tokens"])
 
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
         """Parameters of one shape at once, along a leading dim that is theirs."""
         parts = [local(p) for p in members]
-        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in parts]
+        weights = [self._matrix(p, part) for p, part in zip(members, parts, strict=True)]
         if group["differentiable"]:  # what autograd keeps of them is not written over
             weights = [weight.clone() for weight in weights]
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
@@ -294,6 +287,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         dealing = deal(members)
         weights = dealing.whole([local(p) for p in members])
         columns = weights.unsqueeze(-1) if weights.dim() < 3 else weights
+        columns = columns.flatten(2) if members[0] in self.captured else columns
         total = dealing.whole([local(p.grad) for p in members if p.grad is not None]).to(weights.dtype)
         known = [self.captured[p] for p in members if p in self.captured]
         grams = [averaged(self.gram(group, own), p) for own, p in zip(known, members, strict=False)]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import math
 
@@ -282,6 +283,82 @@ def test_complex_and_sparse_are_refused():
 def test_bad_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build(list(small_net().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"momentumm": 0.5}, "unknown option of a group of SGD 'momentumm'.*momentum"),
+        ({"nonfinite": "ignore"}, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"tokens": 0}, "tokens must be >= 1, got 0"),
+        ({"nesterov": True}, "nesterov needs a momentum and no dampening"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_a_group_are_named(option, message):
+    first, second = small_net().parameters()
+    with pytest.raises(ValueError, match=message):
+        SGD([{"params": [first], **option}], lr=0.1)
+    optimizer = SGD([{"params": [first], "initial_lr": 0.1, "foreach": None}], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [second], **option})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 2"):
+        to_optimizer(momentum(), [{"params": [first], "momentum": 2.0}])
+
+
+def test_a_state_is_judged_when_it_is_loaded():
+    ours, theirs = small_net(), small_net()
+    one, two = AdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(theirs.parameters(), lr=0.1)
+    train(ours, one, [0])
+    train(theirs, two, [0])
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(ValueError, match=r"the saved state of parameter 0 has .*exp_avg.*it is of another optimizer"):
+        one.load_state_dict(two.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"lr must be >= 0, got -1\.0"):
+        one.load_state_dict(wrong)
+    assert one.param_groups[0]["lr"] == 0.1
+    for option in ("maximize", "tokens", "nonfinite"):
+        del before["param_groups"][0][option]
+    one.load_state_dict(before)
+    train(ours, one, [1])
+    assert one.param_groups[0]["tokens"] == 1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+def test_what_torch_is_told_about_computing_is_taken_or_refused(name):
+    net = small_net()
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    for option in {"foreach", "fused", "capturable", "decoupled_weight_decay"} & set(theirs):
+        for value in (None, False):
+            assert option not in OPTIMIZERS[name](net.parameters(), **{option: value}).param_groups[0]
+        if option == "foreach":
+            OPTIMIZERS[name](net.parameters(), foreach=True)
+        else:
+            with pytest.raises(ValueError, match=f"{name} has no {option}=True"):
+                OPTIMIZERS[name](net.parameters(), **{option: True})
+    with pytest.raises(ValueError, match="unknown option of Muon 'foreach'"):
+        Muon(net.parameters(), foreach=None)
+
+
+@pytest.mark.parametrize("name", ["Muon", "M3", "DeltaGradientDescent", "DeltaMomentum", "SGD", "AdamW"])
+def test_to_maximize_is_to_minimize_minus_it(name):
+    found = []
+    for sign in (1, -1):
+        net = small_net()
+        optimizer = make(name, net, lr=0.02, weight_decay=0.1, maximize=sign < 0)
+        for seed in range(3):
+            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed), dtype=F64)
+            optimizer.zero_grad()
+            with optimizer.capture(net):
+                loss = sign * (net(x) - x.sin()).square().mean()
+            loss.backward()
+            optimizer.step()
+        found.append(vector(net))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Muon", "M3", "FullMatrixAdagrad", "DeltaMomentum"])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nestling.memory.part import known as require_known
 from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
@@ -18,6 +19,10 @@ from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 """Entries stepped together: on a CPU what its cache holds, with all that a rule computes of them; else so many that
 launches do not count."""
+
+
+NOTES = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""What a group may hold beside options: its parameters, a name, and what torch's schedulers note down."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -50,9 +55,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not step_size >= 0:
             raise ValueError(f"step_size must be >= 0, got {step_size}")
-        for name, value in (("momentum", momentum), ("retention", retention)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
         if rule.reopens:
@@ -66,15 +68,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _begin(
         self, params: Iterable[Any], options: dict[str, Any], tokens: int, nonfinite: str, differentiable: bool
     ) -> None:
-        if tokens < 1:
-            raise ValueError(f"tokens must be >= 1, got {tokens}")
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         self.captured: dict[Tensor, Captured] = {}
         self.forms: dict[Any, Any] = {}
         self.compiled: dict[Rule, Callable[..., tuple[Tensor, Any]]] = {}
         self.skipped = 0
         defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
+        self._check(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +83,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def express(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
         """The rule of a group, and its gates at this step."""
         kept = group["retention"]
+        for name in ("momentum", "retention"):
+            if not 0 <= group[name] <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {group[name]}")
         return self.rule, Gates(group["lr"], group["momentum"], math.log(kept) if kept > 0 else -math.inf)
 
     def without_inputs(self, rule: Rule) -> Rule:
@@ -94,7 +96,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The Gram matrix that stands for what was captured."""
         return captured.gram
 
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a value out of bounds."""
+        if group["tokens"] < 1:
+            raise ValueError(f"tokens must be >= 1, got {group['tokens']}")
+        if group["nonfinite"] not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {group['nonfinite']!r}")
+        if not group["lr"] >= 0:
+            raise ValueError(f"lr must be >= 0, got {group['lr']}")
+        self.express(group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in param_group.keys() - NOTES:
+            require_known(name, self.defaults, f"option of a group of {type(self).__name__}")
+        self._check(self.defaults | param_group)
         super().add_param_group(param_group)
         for name, parameter in self._named(self.param_groups[-1]):
             if parameter.is_complex():
@@ -340,14 +355,34 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype, and what is
-        loaded is not shared with the optimizer that it came from, whose steps would write into it."""
+        loaded is not shared with the optimizer that it came from, whose steps would write into it. An option that was
+        not yet there when a group was saved takes its default. Raises ValueError, before anything has changed, for
+        options out of bounds and for the state of another rule."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            self._check_saved(self.defaults | saved, state_dict["state"], group["params"])
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 own = self.state[parameter][name] if value.is_floating_point() else value.detach().to(parameter.device)
                 self.state[parameter][name] = own.clone() if local(own).data_ptr() == local(value).data_ptr() else own
+
+    def _check_saved(self, saved: dict[str, Any], states: dict[Any, Any], parameters: list[Tensor]) -> None:
+        self._check(saved)
+        rule = self.express(saved)[0]
+        for number, parameter in zip(saved["params"], parameters, strict=False):
+            meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            told = [set(self._form(own, self._matrix(parameter, meta))[1]) for own in {rule, self.without_inputs(rule)}]
+            found = set(states.get(number, ()))
+            if found and found not in told:
+                raise ValueError(
+                    f"the saved state of parameter {number} has {sorted(found)}, and {rule} has {sorted(told[0])}: "
+                    "it is of another optimizer, torch's own of the same name included"
+                )
 
 
 def _apart(state: Any) -> Any:

@@ -13,6 +13,8 @@ from nestling.memory import (
     Summed,
     adagrad,
     adam,
+    add,
+    average,
     decay,
     delta_gradient_descent,
     every,
@@ -267,14 +269,34 @@ def test_preconditioned_momentum():
     same(weight, expected, 1e-10)
 
 
-def test_a_quarter_step_on_the_orthogonality_objective_is_cubic_newton_schulz():
-    """Equations 43, 44: O - (O - g + 2 O (O^T O - I)) / 4 from O = g."""
-    g = normal(4, 4)
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5)], ids=str)
+def test_a_quarter_step_on_the_orthogonality_objective_is_cubic_newton_schulz(shape):
+    """Equation 44 is a step on |O - g|^2 / 2 + |O^T O - I|^2 / 2 (not on 43, which leaves the first term out), here by
+    autograd from O = g."""
+    g = normal(*shape)
     g = g / g.norm()
-    step = g - (g - g + 2 * g @ (g.T @ g - torch.eye(4, dtype=F64))) / 4
-    same(orthogonalize(g, 1, CUBIC, 1e-7), step)
+    at = g.clone().requires_grad_()
+    eye = torch.eye(shape[1], dtype=F64)
+    objective = 0.5 * (at - g).square().sum() + 0.5 * (at.T @ at - eye).square().sum()
+    same(orthogonalize(g, 1, CUBIC, 1e-7), g - 0.25 * torch.autograd.grad(objective, at)[0])
     full = orthogonalize(g, 60, CUBIC, 1e-7)
-    same(full @ full.T, torch.eye(4, dtype=F64), 1e-8)
+    same(full @ full.T, torch.eye(shape[0], dtype=F64), 1e-8)
+
+
+def test_several_momenta_at_one_frequency():
+    """Three decay rates side by side: the sum of three unbiased averages, each written out."""
+    betas = (0.5, 0.9, 0.99)
+    rule = scale(add(average(beta=0.5), add(average(beta=0.9), average(beta=0.99))))
+    weight = nn.Parameter(normal(3, 4))
+    expected, buffers = weight.detach().clone(), [torch.zeros(3, 4, dtype=F64) for _ in betas]
+    optimizer = to_optimizer(rule, [weight], step_size=0.1)
+    for step in range(1, 6):
+        weight.grad = normal(3, 4, seed=step)
+        optimizer.step()
+        buffers = [b * m + (1 - b) * weight.grad for b, m in zip(betas, buffers, strict=True)]
+        expected = expected - 0.1 * sum(m / (1 - b**step) for b, m in zip(betas, buffers, strict=True))
+        same(weight, expected)
+    assert explain(optimizer).count("first moment m, unbiased") == 3
 
 
 def quintic(x: Tensor, steps: int = 5) -> Tensor:

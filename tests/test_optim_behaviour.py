@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import math
 
@@ -284,6 +285,82 @@ def test_bad_options_are_named(build, message):
         build(list(small_net().parameters()))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"momentumm": 0.5}, "unknown option of a group of SGD 'momentumm'.*momentum"),
+        ({"nonfinite": "ignore"}, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"tokens": 0}, "tokens must be >= 1, got 0"),
+        ({"nesterov": True}, "nesterov needs a momentum and no dampening"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_a_group_are_named(option, message):
+    first, second = small_net().parameters()
+    with pytest.raises(ValueError, match=message):
+        SGD([{"params": [first], **option}], lr=0.1)
+    optimizer = SGD([{"params": [first], "initial_lr": 0.1, "foreach": None}], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [second], **option})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 2"):
+        to_optimizer(momentum(), [{"params": [first], "momentum": 2.0}])
+
+
+def test_a_state_is_judged_when_it_is_loaded():
+    ours, theirs = small_net(), small_net()
+    one, two = AdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(theirs.parameters(), lr=0.1)
+    train(ours, one, [0])
+    train(theirs, two, [0])
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(ValueError, match=r"the saved state of parameter 0 has .*exp_avg.*it is of another optimizer"):
+        one.load_state_dict(two.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"lr must be >= 0, got -1\.0"):
+        one.load_state_dict(wrong)
+    assert one.param_groups[0]["lr"] == 0.1
+    for option in ("maximize", "tokens", "nonfinite"):
+        del before["param_groups"][0][option]
+    one.load_state_dict(before)
+    train(ours, one, [1])
+    assert one.param_groups[0]["tokens"] == 1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+def test_what_torch_is_told_about_computing_is_taken_or_refused(name):
+    net = small_net()
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    for option in {"foreach", "fused", "capturable", "decoupled_weight_decay"} & set(theirs):
+        for value in (None, False):
+            assert option not in OPTIMIZERS[name](net.parameters(), **{option: value}).param_groups[0]
+        if option == "foreach":
+            OPTIMIZERS[name](net.parameters(), foreach=True)
+        else:
+            with pytest.raises(ValueError, match=f"{name} has no {option}=True"):
+                OPTIMIZERS[name](net.parameters(), **{option: True})
+    with pytest.raises(ValueError, match="unknown option of Muon 'foreach'"):
+        Muon(net.parameters(), foreach=None)
+
+
+@pytest.mark.parametrize("name", ["Muon", "M3", "DeltaGradientDescent", "DeltaMomentum", "SGD", "AdamW"])
+def test_to_maximize_is_to_minimize_minus_it(name):
+    found = []
+    for sign in (1, -1):
+        net = small_net()
+        optimizer = make(name, net, lr=0.02, weight_decay=0.1, maximize=sign < 0)
+        for seed in range(3):
+            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed), dtype=F64)
+            optimizer.zero_grad()
+            with optimizer.capture(net):
+                loss = sign * (net(x) - x.sin()).square().mean()
+            loss.backward()
+            optimizer.step()
+        found.append(vector(net))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Muon", "M3", "FullMatrixAdagrad", "DeltaMomentum"])
 def test_differentiable_in_the_learning_rate_and_the_start(name):
     def after(rate: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -306,10 +383,13 @@ def test_differentiable_in_the_learning_rate_and_the_start(name):
 def test_the_dtype_is_kept(name):
     net = small_net(torch.bfloat16)
     optimizer = make(name, net, lr=0.02)
-    if name in ("FullMatrixAdagrad", "PreconditionedMomentum", "DeltaGradientDescent"):
-        return  # eigenvalues and solves exist in float32 and float64 only
+    before = vector(net)
     train(net, optimizer, range(2))
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    states = [t for p in net.parameters() for t in optimizer.state[p].values() if t.is_floating_point()]
+    assert {t.dtype for t in states} <= {torch.bfloat16}
+    assert not torch.equal(vector(net), before)
+    assert bool(vector(net).isfinite().all())
 
 
 def test_steps_count_tokens():
@@ -385,3 +465,68 @@ def test_joined_optimizers_step_save_and_are_scheduled_as_one():
         assert torch.equal(one, two)
     with pytest.raises(ValueError, match="in two of the optimizers"):
         Joined([SGD(models[0].parameters()), SGD(models[0].parameters())])
+
+
+def pair_of_joined() -> tuple[list[nn.Module], list[Joined]]:
+    """Two models alike; the optimizer of the first has stepped, the model of the second has its weights."""
+    models = [nn.ModuleDict({"embedding": nn.Embedding(7, 4), "up": nn.Linear(4, 6)}) for _ in range(2)]
+    joined = [for_model(model, functools.partial(Muon, lr=0.1)) for model in models]
+    for _ in range(2):
+        step_joined(models[0], joined[0])
+    models[1].load_state_dict(models[0].state_dict())
+    return models, joined
+
+
+def step_joined(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model["up"](model["embedding"](torch.arange(7))).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["torch's layout", "a list", "deepcopy", "distributed checkpoint"])
+def test_joined_optimizers_are_handed_on(way):
+    models, (one, two) = pair_of_joined()
+    if way == "torch's layout":
+        saved = one.state_dict()
+        assert [group["params"] for group in saved["param_groups"]] == [[0], [1, 2]]
+        assert set(saved["state"]) == {0, 1, 2}
+        two.load_state_dict(copy.deepcopy(saved))
+    elif way == "a list":
+        two.load_state_dict({"optimizers": [copy.deepcopy(own.state_dict()) for own in one.optimizers]})
+    elif way == "deepcopy":
+        models[1], two = copy.deepcopy((models[0], one))
+        assert two.param_groups[0] is two.optimizers[0].param_groups[0]
+    else:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        saved = get_optimizer_state_dict(models[0], one)
+        assert set(saved["state"]) >= {"up.weight", "up.bias"}
+        set_optimizer_state_dict(models[1], two, copy.deepcopy(saved))  # what is saved is live, as torch's is
+    for model, optimizer in zip(models, (one, two), strict=True):
+        step_joined(model, optimizer)
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_joined_optimizers_have_their_members_states_and_take_no_group():
+    models, (one, two) = pair_of_joined()
+    weight = models[0]["up"].weight
+    assert one.state[weight] is one.optimizers[0].state[weight]
+    assert len(one.state) == 3
+    del one.state[weight]
+    assert weight not in one.optimizers[0].state
+    with pytest.raises(KeyError):
+        one.state[models[1]["up"].weight]
+    with pytest.raises(ValueError, match="which optimizer is to step the group"):
+        two.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="the state has 1 parameter groups, needed 2"):
+        two.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match="at least one optimizer"):
+        Joined([])
+
+
+def test_the_rest_is_fused_where_torch_can():
+    groups = [for_model(tied_model().to(dtype)).param_groups[1] for dtype in (torch.float32, torch.bfloat16)]
+    assert [group["fused"] for group in groups] == [True, True]
+    complex_one = optim.groups._adamw([("w", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))])
+    assert complex_one.param_groups[0]["foreach"]

@@ -51,7 +51,7 @@ def vector(net: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "options", "dtype"),
-    [(*case, torch.float64) for case in CASES] + [(*case, torch.float32) for case in CASES[2::5]],
+    [(*case, torch.float64) for case in CASES] + [(*case, torch.float32) for case in (*CASES[2::5], CASES[14])],
     ids=str,
 )
 def test_equals_torch(name, options, dtype):

@@ -84,10 +84,11 @@ class Summed(NamedTuple):
         return total.add_(self.total) if own and total.dtype == self.total.dtype else total + self.total
 
     def project(self, weight: Tensor) -> Tensor:
-        return weight @ self.gram()
+        gram = self.gram()
+        return weight @ gram if weight.dtype == gram.dtype else (weight.to(gram.dtype) @ gram).to(weight.dtype)
 
     def squared_norm(self) -> Tensor:
-        return self.gram().diagonal(dim1=-2, dim2=-1).sum(-1)
+        return self.gram().diagonal(dim1=-2, dim2=-1).sum(-1).to(self.total.dtype)
 
     def gram(self) -> Tensor:
         if self.inputs is None:

@@ -144,24 +144,29 @@ class unit_rms(_wrapper):
         return added / norm.clamp(min=self.eps / abs(times)), math.copysign(1.0, times), after
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is: solves and eigenvalues have no coarser form."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class InverseRoot(torch.autograd.Function):
     """(A + eps I)^(-1/2) of symmetric A >= 0 [..., n, n]. Its gradient is written with divided differences, which
     stand where eigenvalues are equal and torch's gradient of eigenvectors does not."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, eps: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(_wide(matrix))
         root = (values.clamp(min=0.0) + eps).sqrt()
         ctx.save_for_backward(root, vectors)
-        return (vectors / root[..., None, :]) @ vectors.mT
+        return ((vectors / root[..., None, :]) @ vectors.mT).to(matrix.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         root, vectors = ctx.saved_tensors
         one, other = root[..., :, None], root[..., None, :]
-        inner = vectors.mT @ grads[0] @ vectors
+        inner = vectors.mT @ grads[0].to(vectors.dtype) @ vectors
         full = vectors @ (-inner / (one * other * (one + other))) @ vectors.mT
-        return 0.5 * (full + full.mT), None
+        return (0.5 * (full + full.mT)).to(grads[0].dtype), None
 
 
 class FullState(NamedTuple):
@@ -223,14 +228,16 @@ class joint_delta_gradient_descent(delta_gradient_descent):
 
 def _damped(gradient: Gradient, rows: Tensor, step_size: Tensor | float) -> Tensor:
     """rows (I - (I + eta X X^T)^(-1)): of rows [..., m, in], what the inputs of a step take away."""
-    eta = step_size[..., None, None] if isinstance(step_size, Tensor) else step_size
-    x = None if isinstance(gradient, Summed) else gradient.input
+    eta, wide = step_size[..., None, None] if isinstance(step_size, Tensor) else step_size, _wide(rows)
+    x = None if isinstance(gradient, Summed) else _wide(gradient.input)
     if x is not None and x.shape[-2] < x.shape[-1]:
         small = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device) + eta * (x @ x.mT)
-        return torch.linalg.solve(small, eta * (rows @ x.mT).mT).mT @ x
-    gram = eta * gradient.gram()
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(eye + gram, gram @ rows.mT).mT
+        away = torch.linalg.solve(small, eta * (wide @ x.mT).mT).mT @ x
+    else:
+        gram = eta * _wide(gradient.gram())
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        away = torch.linalg.solve(eye + gram, gram @ wide.mT).mT
+    return away.to(rows.dtype)
 
 
 __all__ = [

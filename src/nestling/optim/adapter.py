@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nestling.memory.part import known as require_known
 from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
+from .capture import Captured, as_the_gradient_is, captured_into
 from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
@@ -19,17 +21,8 @@ PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 launches do not count."""
 
 
-class Captured(NamedTuple):
-    """What a linear layer has been given since the last step: sum of x x^T [in, in], over so many rows; where a rule
-    needs them, the pairs themselves, errors at the output [n, out] and inputs [n, in]."""
-
-    gram: Tensor
-    rows: int
-    errors: tuple[Tensor, ...] = ()
-    inputs: tuple[Tensor, ...] = ()
-
-
-_NOTHING = Captured(0.0, 0)  # type: ignore[arg-type]
+NOTES = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""What a group may hold beside options: its parameters, a name, and what torch's schedulers note down."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -37,9 +30,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Each group holds its gates: lr (the step size), momentum, retention (the fraction kept), and tokens: how many
     tokens (or steps) one gradient sums, which is what `every` counts. A parameter [..., out, in] of more than two
-    dims is as many matrices; of fewer, a column. Parameters of one shape are stepped in one go; those of rules that
-    act entry by entry, in pieces that fit the cache. Rules that need the inputs of a linear layer
-    (delta_gradient_descent, normalize) learn them from `capture(module)`.
+    dims is as many matrices (that of a convolution seen by `capture` is one, [out, in * kernel]); of fewer, a column.
+    Parameters of one shape are stepped together, up to PIECE entries at once: small ones in one go, on a CPU large
+    ones one by one, and those of rules that act entry by entry in pieces that fit the cache. Rules that need the
+    inputs of a layer (delta_gradient_descent, normalize) learn them from `capture(module)`.
 
     nonfinite: a gradient that is not finite "raise"s FloatingPointError with the parameter's name before anything
     has changed, or the whole step is "skip"ped and counted in `skipped`. differentiable: steps are recorded by
@@ -61,9 +55,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not step_size >= 0:
             raise ValueError(f"step_size must be >= 0, got {step_size}")
-        for name, value in (("momentum", momentum), ("retention", retention)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
         if rule.exposes:
             raise ValueError(f"{rule} steps an accumulator, and a parameter is the weight itself; use decay() for it")
         if rule.reopens:
@@ -77,15 +68,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _begin(
         self, params: Iterable[Any], options: dict[str, Any], tokens: int, nonfinite: str, differentiable: bool
     ) -> None:
-        if tokens < 1:
-            raise ValueError(f"tokens must be >= 1, got {tokens}")
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         self.captured: dict[Tensor, Captured] = {}
         self.forms: dict[Any, Any] = {}
         self.compiled: dict[Rule, Callable[..., tuple[Tensor, Any]]] = {}
         self.skipped = 0
         defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
+        self._check(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +83,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def express(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
         """The rule of a group, and its gates at this step."""
         kept = group["retention"]
+        for name in ("momentum", "retention"):
+            if not 0 <= group[name] <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {group[name]}")
         return self.rule, Gates(group["lr"], group["momentum"], math.log(kept) if kept > 0 else -math.inf)
 
     def without_inputs(self, rule: Rule) -> Rule:
@@ -105,7 +96,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The Gram matrix that stands for what was captured."""
         return captured.gram
 
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a value out of bounds."""
+        if group["tokens"] < 1:
+            raise ValueError(f"tokens must be >= 1, got {group['tokens']}")
+        if group["nonfinite"] not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {group['nonfinite']!r}")
+        if not group["lr"] >= 0:
+            raise ValueError(f"lr must be >= 0, got {group['lr']}")
+        self.express(group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in param_group.keys() - NOTES:
+            require_known(name, self.defaults, f"option of a group of {type(self).__name__}")
+        self._check(self.defaults | param_group)
         super().add_param_group(param_group)
         for name, parameter in self._named(self.param_groups[-1]):
             if parameter.is_complex():
@@ -119,31 +123,20 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
-        """While open, sums x x^T over the inputs of every nn.Linear of the module, until the next step; for rules
+        """While open, sums x x^T over the inputs of every nn.Linear of the module, and over the patches of every
+        nn.Conv1d to 3d that has one group, as backward() passes them, until the next step or `zero_grad`; for rules
         that need every pair it keeps the inputs, and the errors that backward() brings to the outputs."""
-        pairs = any(self.express(group)[0].needs_pairs for group in self.param_groups)
-
-        def note(weight: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            if not pairs:
-                seen = self.captured.get(weight, _NOTHING)
-                self.captured[weight] = Captured(seen.gram + x.mT @ x, seen.rows + x.shape[0])
-            elif output.requires_grad:
-                output.register_hook(partial(self._pair, weight, x))
-
-        linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        # known by their weights of now: inside a sharded forward pass a layer has others
-        hooks = [layer.register_forward_hook(partial(note, layer.weight)) for layer in linears]
-        try:
+        rules = [self.express(group)[0] for group in self.param_groups]
+        if any(rule.needs_inputs or rule.needs_pairs for rule in rules):
+            with captured_into(self.captured, module, pairs=any(rule.needs_pairs for rule in rules)):
+                yield
+        else:
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _pair(self, weight: Tensor, x: Tensor, error: Tensor) -> None:
-        seen = self.captured.get(weight, _NOTHING)
-        errors = (*seen.errors, error.detach().reshape(-1, error.shape[-1]))
-        self.captured[weight] = Captured(seen.gram, seen.rows + x.shape[0], errors, (*seen.inputs, x))
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was captured with those gradients goes too."""
+        super().zero_grad(set_to_none)
+        self.captured.clear()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the rule on every parameter that has a gradient; the closure's loss, where one is given. Under
@@ -158,6 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._finite():
+            self._fit_pairs()
             for group in self.param_groups:
                 with torch.set_grad_enabled(group["differentiable"]):
                     self._step_group(group)
@@ -186,6 +180,20 @@ class RuleOptimizer(torch.optim.Optimizer):
             if wrong:
                 return False
         return True
+
+    def _fit_pairs(self) -> None:
+        """Pairs are what backward() saw; what was done to their sum since, in `.grad`, is done to them."""
+        if not any(known.errors for known in self.captured.values()):
+            return
+        for name, parameter in (named for group in self.param_groups for named in self._named(group)):
+            if parameter in self.captured and parameter.grad is not None and not is_sharded(parameter):
+                self.captured[parameter] = as_the_gradient_is(name, self.captured[parameter], parameter.grad)
+
+    def _matrix(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """A parameter as what the rule steps: of a convolution whose patches were captured, one matrix."""
+        if parameter.dim() < 2:
+            return part.reshape(-1, 1)
+        return part.flatten(1) if part.dim() > 2 and parameter in self.captured else part
 
     def _step_group(self, group: dict[str, Any]) -> None:
         rule, gates = self.express(group)
@@ -262,13 +270,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         total = local(parameter.grad).reshape(weight.shape).to(weight.dtype)
         known = self.captured.get(parameter)
         if known is not None and known.errors:
-            return Pairs(*(torch.cat(rows).to(weight.dtype) for rows in (known.errors, known.inputs)))
+            return Pairs(known.errors[0].to(weight.dtype), known.inputs[0].to(weight.dtype))
         return Summed(total, None if known is None else self.gram(group, known), group["tokens"])
 
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
         """Parameters of one shape at once, along a leading dim that is theirs."""
         parts = [local(p) for p in members]
-        weights = [p.reshape(-1, 1) if p.dim() < 2 else p for p in parts]
+        weights = [self._matrix(p, part) for p, part in zip(members, parts, strict=True)]
         if group["differentiable"]:  # what autograd keeps of them is not written over
             weights = [weight.clone() for weight in weights]
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
@@ -294,6 +302,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         dealing = deal(members)
         weights = dealing.whole([local(p) for p in members])
         columns = weights.unsqueeze(-1) if weights.dim() < 3 else weights
+        columns = columns.flatten(2) if members[0] in self.captured else columns
         total = dealing.whole([local(p.grad) for p in members if p.grad is not None]).to(weights.dtype)
         known = [self.captured[p] for p in members if p in self.captured]
         grams = [averaged(self.gram(group, own), p) for own, p in zip(known, members, strict=False)]
@@ -346,14 +355,34 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype, and what is
-        loaded is not shared with the optimizer that it came from, whose steps would write into it."""
+        loaded is not shared with the optimizer that it came from, whose steps would write into it. An option that was
+        not yet there when a group was saved takes its default. Raises ValueError, before anything has changed, for
+        options out of bounds and for the state of another rule."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            self._check_saved(self.defaults | saved, state_dict["state"], group["params"])
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 own = self.state[parameter][name] if value.is_floating_point() else value.detach().to(parameter.device)
                 self.state[parameter][name] = own.clone() if local(own).data_ptr() == local(value).data_ptr() else own
+
+    def _check_saved(self, saved: dict[str, Any], states: dict[Any, Any], parameters: list[Tensor]) -> None:
+        self._check(saved)
+        rule = self.express(saved)[0]
+        for number, parameter in zip(saved["params"], parameters, strict=False):
+            meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            told = [set(self._form(own, self._matrix(parameter, meta))[1]) for own in {rule, self.without_inputs(rule)}]
+            found = set(states.get(number, ()))
+            if found and found not in told:
+                raise ValueError(
+                    f"the saved state of parameter {number} has {sorted(found)}, and {rule} has {sorted(told[0])}: "
+                    "it is of another optimizer, torch's own of the same name included"
+                )
 
 
 def _apart(state: Any) -> Any:

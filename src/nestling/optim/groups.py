@@ -1,10 +1,11 @@
 """Which parameters are matrices to orthogonalise, and several optimizers as one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .named import M3, Named
 
@@ -21,22 +22,66 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
     return matrices, [(name, p) for name, p in trained if id(p) not in chosen]
 
 
+class _States(MutableMapping[Tensor, Any]):
+    """The states of several optimizers seen as one; each parameter's lies with the optimizer that steps it."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def _of(self, parameter: Tensor) -> Any:
+        for optimizer in self.optimizers:
+            if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+                return optimizer.state
+        raise KeyError(parameter)
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._of(parameter)[parameter]
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        self._of(parameter)[parameter] = state
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._of(parameter)[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(optimizer.state for optimizer in self.optimizers)
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self.optimizers)
+
+
 class Joined(torch.optim.Optimizer):
-    """Several optimizers as one: their groups one after the other, their steps in turn. Groups are shared, so that
-    a scheduler of this optimizer changes theirs. Raises ValueError where a parameter is in two of them."""
+    """Several optimizers as one: their groups one after the other, their steps in turn. Groups and states are shared,
+    so that a scheduler of this optimizer changes theirs; `state_dict` is torch's, over all groups. Raises ValueError
+    where a parameter is in two of them, and for a group added here, which would be nobody's to step."""
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self.optimizers = list(optimizers)
+        self.__setstate__({"optimizers": list(optimizers), "defaults": {}})
         if not self.optimizers:
             raise ValueError("Joined needs at least one optimizer")
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         seen: set[int] = set()
-        for parameter in (p for group in groups for p in group["params"]):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
             if id(parameter) in seen:
                 raise ValueError(f"a parameter of shape {list(parameter.shape)} is in two of the optimizers")
             seen.add(id(parameter))
-        super().__init__([{"params": group["params"]} for group in groups], {})
-        self.param_groups = groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.optimizers: list[torch.optim.Optimizer] = state["optimizers"]
+        self.state = _States(self.optimizers)  # type: ignore[assignment]
+        self._gather()
+
+    def _gather(self) -> None:
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise ValueError(
+            "which optimizer is to step the group? Give it to one of .optimizers, and join them again: "
+            "joined.optimizers[0].add_param_group(group); joined = Joined(joined.optimizers)"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,16 +93,31 @@ class Joined(torch.optim.Optimizer):
             optimizer.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict.get("optimizers", [])
-        if len(own) != len(self.optimizers):
-            raise ValueError(f"the state is of {len(own)} optimizers, needed {len(self.optimizers)}")
-        for optimizer, state in zip(self.optimizers, own, strict=True):
+        """A state of torch's layout, or a list of them under "optimizers"."""
+        states = state_dict["optimizers"] if "optimizers" in state_dict else self._apart(state_dict)
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the state is of {len(states)} optimizers, needed {len(self.optimizers)}")
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._gather()
+
+    def _apart(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The state of each optimizer: as many groups as it has, and what is told of their parameters."""
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"the state has {len(groups)} parameter groups, needed {len(self.param_groups)}")
+        rest, states = iter(groups), []
+        for optimizer in self.optimizers:
+            own = [next(rest) for _ in optimizer.param_groups]
+            numbers = {number for group in own for number in group["params"]}
+            state = {number: kept for number, kept in state_dict["state"].items() if number in numbers}
+            states.append({"state": state, "param_groups": own})
+        return states
 
 
 def for_model(
@@ -65,8 +125,9 @@ def for_model(
     matrices: Callable[[NamedParameters], Named] = M3,
     rest: Callable[[NamedParameters], torch.optim.Optimizer] | None = None,
 ) -> Joined:
-    """The `matrices` of a model by one optimizer and the `rest` by another, torch's own AdamW (fused where there is a
-    GPU, foreach elsewhere) if none is given: `for_model(model, functools.partial(Muon, lr=0.02))`."""
+    """The `matrices` of a model by one optimizer and the `rest` by another: torch's own AdamW if none is given, fused
+    where torch has that for their devices and dtypes, foreach elsewhere.
+    `for_model(model, functools.partial(Muon, lr=0.02))`."""
     wide, narrow = split_parameters(model)
     optimizers: list[torch.optim.Optimizer] = [matrices(wide)] if wide else []
     if narrow:
@@ -74,6 +135,10 @@ def for_model(
     return Joined(optimizers)
 
 
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices for whose real numbers torch has a fused AdamW; it says so itself at the first step only."""
+
+
 def _adamw(params: NamedParameters) -> torch.optim.Optimizer:
-    on_gpu = all(p.is_cuda for _, p in params)
-    return torch.optim.AdamW(params, weight_decay=0.0, fused=on_gpu or None, foreach=None if on_gpu else True)
+    fused = all(p.device.type in FUSED and p.is_floating_point() for _, p in params)
+    return torch.optim.AdamW(params, weight_decay=0.0, fused=fused or None, foreach=None if fused else True)

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from nestling.memory.adaptive import adagrad, adam, ascent, average, hold_back, nesterov, ridge, rmsprop, slow_down
@@ -48,9 +49,20 @@ from .adapter import Captured, RuleOptimizer
 Expressed = tuple[Rule, Gates]
 
 
+TORCHS: dict[str, tuple[tuple[bool | None, ...], str]] = {
+    "foreach": ((None, False, True), "parameters of one shape are stepped together"),
+    "fused": ((None, False), "a rule is of ordinary operations; take torch.optim's, or torch.compile(optimizer.step)"),
+    "capturable": ((None, False), "steps are counted on the host, which no CUDA graph replays; take torch.optim's"),
+    "decoupled_weight_decay": ((None, False), "that is AdamW"),
+}
+"""What torch's optimizers are told about how to compute: the values that say what is done here, and what to do."""
+
+
 class Named(RuleOptimizer):
     """An optimizer whose rule is an expression of its options. Raises ValueError for an option that it has not, or a
-    value out of bounds; beside the options: tokens, nonfinite and differentiable as in `RuleOptimizer`."""
+    value out of bounds, in a group too; beside the options: tokens, nonfinite and differentiable as in `RuleOptimizer`.
+    foreach, fused, capturable and decoupled_weight_decay are taken where torch's optimizer of the same name has them
+    and None or False, or foreach=True, which is what is done."""
 
     @staticmethod
     @abstractmethod
@@ -72,12 +84,25 @@ class Named(RuleOptimizer):
         **options: Any,
     ) -> None:
         signature = inspect.signature(self.expression)
+        self._take_torchs(options)
         for name in options:
             known(name, signature.parameters, f"option of {type(self).__name__}")
         bound = signature.bind(*values, **options)
         bound.apply_defaults()
-        self.expression(**bound.arguments)  # bounds are checked before anything is made
         self._begin(params, dict(bound.arguments), tokens, nonfinite, differentiable)
+
+    def _take_torchs(self, options: dict[str, Any]) -> None:
+        """Takes out what torch's optimizer of this name is told about how to compute, where that is what is done."""
+        theirs = getattr(torch.optim, type(self).__name__, None)
+        told = inspect.signature(theirs).parameters if theirs else {}
+        for name in TORCHS.keys() & options.keys() & told.keys():
+            value, (taken, instead) = options.pop(name), TORCHS[name]
+            if value not in taken:
+                raise ValueError(f"{type(self).__name__} has no {name}={value!r}: {instead}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._take_torchs(param_group)
+        super().add_param_group(param_group)
 
     def express(self, group: dict[str, Any]) -> Expressed:
         return self.expression(**{name: group[name] for name in inspect.signature(self.expression).parameters})
@@ -255,11 +280,12 @@ class Muon(Matrices):
         adjust_lr_fn: str | None = None,
         *,
         precision: str = "bfloat16",
+        maximize: bool = False,
     ) -> Expressed:
         _check(momentum=momentum)
         buffered = PARTS["nesterov" if nesterov else "momentum"](dampen(surprise()))
         direction = newton_schulz(buffered, ns_steps, ns_coefficients, eps, precision)
-        return _decoupled(scale(_adjusted(direction, adjust_lr_fn)), lr, weight_decay, momentum)
+        return _decoupled(_outer(scale(_adjusted(direction, adjust_lr_fn)), 0.0, maximize), lr, weight_decay, momentum)
 
 
 class FullMatrixAdagrad(Named):
@@ -291,6 +317,7 @@ class DeltaGradientDescent(Named):
         *,
         form: str = "exact",
         reduction: str = "mean",
+        maximize: bool = False,
     ) -> Expressed:
         if form not in ("averaged", "exact"):
             raise ValueError(f"form must be 'averaged' or 'exact', got {form!r}")
@@ -299,7 +326,7 @@ class DeltaGradientDescent(Named):
         _check(momentum=momentum)
         inner: Direction = PARTS["momentum"](gradient_descent()) if momentum else gradient_descent()
         part = joint_delta_gradient_descent if form == "exact" else delta_gradient_descent
-        return _decoupled(part(inner), lr, weight_decay, momentum)
+        return _decoupled(part(_outer(inner, 0.0, maximize)), lr, weight_decay, momentum)
 
     def without_inputs(self, rule: Rule) -> Rule:
         return _inside(rule, delta_gradient_descent)
@@ -334,12 +361,13 @@ class DeltaMomentum(Named):
         weight_decay: float = 0.0,
         *,
         form: str = "bounded",
+        maximize: bool = False,
     ) -> Expressed:
         if form not in ("literal", "bounded"):
             raise ValueError(f"form must be 'literal' or 'bounded', got {form!r}")
         _check(lr=lr, momentum=momentum)
         bounded = remember(gradient_keys(retain(decay(), delta_gradient_descent())), retention=momentum)
-        return _outer(delta_momentum() if form == "literal" else bounded, weight_decay), Gates(lr, momentum)
+        return _outer(delta_momentum() if form == "literal" else bounded, weight_decay, maximize), Gates(lr, momentum)
 
 
 class DeepMomentum(Named):
@@ -416,6 +444,7 @@ class M3(Matrices):
         *,
         mode: str = "ema",
         precision: str = "bfloat16",
+        maximize: bool = False,
     ) -> Expressed:
         if mode not in ("paper", "ema"):
             raise ValueError(f"mode must be 'paper' or 'ema', got {mode!r}")
@@ -439,9 +468,10 @@ class M3(Matrices):
             clocked = every(period, retain(decay(), orthogonal(slow)))
             numerator = add(numerator, remember(clocked, retention=0.0, read="before"), alpha)
         if paper:
-            return _decoupled(scale(adagrad(numerator, eps, share=second)), lr, weight_decay)
-        direction = unit_rms(rmsprop(numerator, second, eps, corrected=True))
-        return _decoupled(scale(direction), lr, weight_decay)
+            direction: Direction = adagrad(numerator, eps, share=second)
+        else:
+            direction = unit_rms(rmsprop(numerator, second, eps, corrected=True))
+        return _decoupled(_outer(scale(direction), 0.0, maximize), lr, weight_decay)
 
 
 OPTIMIZERS: dict[str, type[Named]] = {

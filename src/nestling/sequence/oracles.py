@@ -164,18 +164,26 @@ def once_a_chunk(**told: Any) -> Oracle:
     return oracle
 
 
-def ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
-    """M(k) = k + LN(recurrence(W, k)) toward v: `normed` and the residual target of TTT."""
+def ttt(f: Callable[[Maps, Tensor], Tensor]) -> Oracle:
+    """TTT (2407.04620), its loss as the paper prints it: |LN(f(W, k)) - (v - k)|^2 / 2 by autograd at W_c, on which the
+    chunk opened. W_t = W_c - sum over the chunk's j <= t of (prod_{j<l<=t} a_l) eta_j grad_j; y = q + LN(f(W_t, q))."""
 
-    def function(weights: Maps, key: Tensor) -> Tensor:
-        inner = recurrence(weights, key)
-        return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
+    def normal(x: Tensor) -> Tensor:
+        centred = x - x.sum() / len(x)
+        return centred / (centred.square().sum() / len(x) + 1e-6).sqrt()
 
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
-        how: dict[str, Any] = {"chunk": memory.chunk, "read": memory.read}
-        run = naive_miras.naive_anchored(function, lambda read, value, key: read - (value - key), weights, given, **how)
-        return run.reads, run.standing
+        standing, reads = weights, []
+        for t, (key, value) in enumerate(zip(flow.keys, flow.values, strict=True)):
+            if t % memory.chunk == 0:
+                opened, steps = standing, [torch.zeros_like(weight) for weight in standing]
+            loss = (normal(f(opened, key)) - (value - key)).square().sum() / 2
+            gradients = torch.autograd.grad(loss, opened, create_graph=True)
+            pairs = zip(steps, gradients, strict=True)
+            steps = [flow.retention[t] * step + flow.step_size[t] * gradient for step, gradient in pairs]
+            standing = tuple(weight - step for weight, step in zip(opened, steps, strict=True))
+            reads.append(flow.queries[t] + normal(f(standing, flow.queries[t])))
+        return torch.stack(reads), standing
 
     return oracle
 

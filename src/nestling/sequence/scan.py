@@ -83,6 +83,7 @@ class Memory:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        self.attentional_bias.fits(self.structure)
         if self.rule.exposes and self.way == "chunked" and self.read != "boundary":
             raise ValueError(
                 f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nestling.memory import naive, naive_linear, naive_miras
 from nestling.memory.adaptive import adam
-from nestling.memory.attentional_bias import dot, l2, lp, residual_l2
+from nestling.memory.attentional_bias import dot, l2, lp
 from nestling.memory.compound import features, normed
 from nestling.memory.feature import exponential, polynomial
 from nestling.memory.oja import oja
@@ -248,16 +248,14 @@ zoo: dict[str, Model] = {
         note="gates are one a head; the learned starts are the logits",
     ),
     "ttt_linear": Model(
-        sequence_memory(normed(matrix()), residual_l2(), _AVERAGED, 16, gating=averaged_gates()),
+        sequence_memory(normed(matrix()), l2(), _AVERAGED, 16, gating=averaged_gates()),
         "W_i = W_c - 1/i sum_{j<=i} eta_j d|LN(W k_j) - (v_j - k_j)|^2/2 /dW at W_c, the chunk's first weights",
         "Sun et al. 2024 (arXiv 2407.04620)",
         ttt(lambda w, k: w[0] @ k),
         note="LN without a scale, no bias; 1/i, times a learned exp(s_i), in tests/test_averaged_gates.py",
     ),
     "ttt_mlp": Model(
-        sequence_memory(
-            normed(mlp(residual=False, expansion=4.0)), residual_l2(), _AVERAGED, 16, gating=averaged_gates()
-        ),
+        sequence_memory(normed(mlp(residual=False, expansion=4.0)), l2(), _AVERAGED, 16, gating=averaged_gates()),
         "as ttt_linear, W k replaced by W_2 GELU(W_1 k)",
         "Sun et al. 2024",
         ttt(lambda w, k: w[1] @ F.gelu(w[0] @ k)),

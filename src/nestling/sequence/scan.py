@@ -161,6 +161,13 @@ class Memory:
         rules = [rule.of if isinstance(rule, stepped.Pending) else rule for rule in state.rule]
         return tuple(self.rule.expose(weight, rule) for weight, rule in zip(weights, rules, strict=True))
 
+    def standing(self, state: MemoryState) -> Weights:
+        """The weights [b, h, out, in] that the memory answers with after all that was written to it: also what the
+        open chunk has pending, where one step is taken a chunk."""
+        if self.way == "stepped":
+            state = self.open(state, True)
+        return self.exposed(state.running, state)
+
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
         """The memory's answer [b, h, c, v] at the weights on which the chunk opened ([b, h, n, c, v] of memories
         that run together)."""

@@ -11,7 +11,7 @@ from nestling.cli import main
 from nestling.memory import Part, Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
 from nestling.sequence import Memory, Mixer, sequence_memory, window_gates
 from nestling.sequence.gating import gates_of
-from nestling.sequence.named import FAR, Model, error, size
+from nestling.sequence.named import FAR, Model, Size, error, size
 
 ORACLES = [(name, way) for name, model in zoo.items() if model.oracle is not None for way in model.ways]
 SHORT = {"chunk": 8, "projection_chunk": 8, "segment": 8, "window": 8, "shard": 16, "local": (4, 8), "persistent": 2}
@@ -106,6 +106,27 @@ def test_the_command_line_lists_tells_and_checks(capfd, monkeypatch):
     assert "recurrent" in capfd.readouterr().out
     assert main(["zoo", "monetta"]) == 2
     assert "did you mean 'moneta'?" in capfd.readouterr().err
+
+
+def test_names_stand_whole_on_a_terminal_of_80_columns(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("nestling.cli.zoo.size", lambda mixer: Size(1_048_576, 123_456))
+    assert main(["zoo"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in "".join(lines)
+    assert {line.split()[1] for line in lines if len(line.split()) > 1} >= set(zoo)
+
+
+@pytest.mark.parametrize("name", zoo)
+def test_all_four_choices_are_told_and_an_equation(name):
+    assert all(zoo[name].choices)
+    assert any(sign in zoo[name].equation for sign in ("=", "<-")) or name in (
+        "transformer",
+        "self_modifying_titans",
+        "ttt_mlp",
+        "unnamed",
+    )
 
 
 def test_a_model_far_from_its_oracle_fails_the_check(capfd, monkeypatch):

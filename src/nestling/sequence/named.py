@@ -14,6 +14,7 @@ from nestling.memory.state import flatten
 from .mixer import Mixer
 from .oracles import LayerOracle, Oracle, layer_error, memory_error
 from .scan import Memory
+from .tnt import tnt
 
 FAR = 1e-9  # of a model from its oracle, in float64
 
@@ -56,6 +57,8 @@ def _choices(mixer: Mixer) -> tuple[str, str, str, str]:
     if mixer.choices is not None:
         return mixer.choices
     if not isinstance(mixer, Memory):
+        if isinstance(mixer, tnt):
+            return _choices(mixer.parts().mixers[0])
         inner = [getattr(mixer, field.name) for field in dataclasses.fields(mixer)]  # type: ignore[arg-type]
         found = next((_choices(part) for part in inner if isinstance(part, Mixer)), ("", "", "", ""))
         return found

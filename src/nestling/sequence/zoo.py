@@ -20,7 +20,7 @@ from nestling.memory.retention import decay, decay_to_anchor, kl, row_norm
 from nestling.memory.rule import gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
-from . import naive_layers
+from . import naive_layers, oracles
 from .attention import attention
 from .averaged_gates import averaged_gates
 from .caching import caching
@@ -31,7 +31,20 @@ from .linear_mixer import linear_mixer
 from .lstm import lstm
 from .miras import memora, moneta, yaad
 from .named import Model
-from .oracles import deep, every_channel, lact, layer, linear, miras, once_a_chunk, ttt, written
+from .oracles import (
+    deep,
+    every_channel,
+    featured,
+    lact,
+    layer,
+    linear,
+    miras,
+    once_a_chunk,
+    squares,
+    ttt,
+    two_terms,
+    written,
+)
 from .pair_gates import map_gates, unit_steps, window_gates
 from .preparation import bare, silu
 from .self_modifying import self_modifying
@@ -169,13 +182,14 @@ zoo: dict[str, Model] = {
         sequence_memory(matrix(), dot(), oja(), 1, "token", way="recurrent"),
         "S_t = S_{t-1} + eta_t v_t (k_t - S_{t-1}^T v_t)^T",
         "Oja 1982; Irie et al. 2022",
-        note="checked in tests/test_oja.py",
+        oracles.oja,
     ),
     "deep_transformer": Model(
         _exact(dot(), gradient_descent(), structure=features(matrix(), exponential(2))),
         "S_t = S_{t-1} + eta_t v_t phi(k_t)^T,  <phi(q), phi(k)> = 1 + q.k + (q.k)^2 / 2, the first terms of exp(q.k)",
         "ATLAS, section 4",
-        note="a matrix: softmax attention without its norm; features to the second degree (tests/test_compound.py)",
+        featured(linear(lambda f, s: naive_linear.naive_linear_attention(f.queries, f.keys, written(f), s)), two_terms),
+        note="a matrix: softmax attention without its norm; features to the second degree",
     ),
     "dot": Model(
         sequence_memory(
@@ -183,7 +197,7 @@ zoo: dict[str, Model] = {
         ),
         "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} g_ti (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
         "ATLAS, section 4",
-        note="features checked in tests/test_compound.py, windows in tests/test_window.py",
+        featured(deep(), two_terms),
     ),
     "deltanet": Model(
         _exact(l2(), gradient_descent()),
@@ -328,13 +342,17 @@ zoo: dict[str, Model] = {
         self_modifying(),
         "k, v, eta, a from memories that write their own targets; each one step of DGD with momentum and retention",
         "Nested Learning, equations 83 to 93",
-        note="oracle memory.naive.naive_self_modifying, in tests/test_self_modifying.py",
+        lambda mixer, *given: naive_layers.self_modifying(
+            mixer.chunk, mixer.projection_chunk, mixer.step_bound, *given
+        ),
     ),
     "polynomial_delta": Model(
         sequence_memory(features(matrix(), polynomial(2)), l2(), gradient_descent(), gradient_at="token"),
         "S_t = S_{t-1} - eta_t (S phi(k_t) - v_t) phi(k_t)^T, <phi(q), phi(k)> = (1 + q.k)^2",
         "ATLAS, section 3: the delta rule with features of a higher capacity",
-        note="features checked in tests/test_compound.py",
+        featured(
+            linear(lambda f, s: naive_linear.naive_delta_rule(f.queries, f.keys, f.values, f.step_size, s)), squares
+        ),
     ),
     "unnamed": Model(
         sequence_memory(mlp(), lp(3.0), retain(kl(), scale(adam())), 16, read="boundary", way="stepped"),

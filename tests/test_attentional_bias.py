@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from miras import F64, LENGTHS, assert_is_oracle, gradients, make, near, slow
 from nestling.memory import (
     AttentionalBias,
+    biased,
     decay,
     dot,
+    gated_mlp,
     huber_coordinates,
     huber_norm,
     huber_switch,
@@ -21,13 +24,15 @@ from nestling.memory import (
     lp,
     matrix,
     mlp,
+    normed,
     parse,
     residual_l2,
     retain,
     value_shift,
 )
 from nestling.memory.naive_miras import naive_miras
-from nestling.sequence import Memory
+from nestling.memory.structure import together
+from nestling.sequence import Memory, sequence_memory
 from nestling.sequence.scan import Writes
 
 EXACT = [
@@ -249,6 +254,16 @@ def test_other_biases_at_every_token_run_recurrently():
     data = make(memory, 21, step_size=0.5)
     oracle = lambda starts, flow: naive_miras(function, slope(huber_norm(1.2)), starts, flow, read="before")  # noqa: E731
     assert_is_oracle(memory, data, oracle)
+
+
+@pytest.mark.parametrize(
+    "structure", [mlp(), normed(), gated_mlp(residual=True), together(mlp()), biased(mlp())], ids=str
+)
+def test_the_key_is_not_taken_from_the_value_twice(structure):
+    for build in (lambda: Memory(structure, residual_l2()), lambda: sequence_memory(structure, residual_l2())):
+        with pytest.raises(ValueError, match=rf"residual_l2\(\) takes .* {re.escape(str(structure))} adds it"):
+            build()
+    assert Memory(structure, l2()).structure == structure
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.memory import decay, matrix, mlp, momentum, parse, retain
+from nestling.memory import decay, elastic_net_ftrl, kl, l2, lq, matrix, mlp, momentum, parse, retain, row_norm, sigmoid
 from nestling.sequence import Mixer, caching, sequence_memory
 from oracles import DEEP, EXACT, NaiveLayer, assert_same, gradients, moved, normal
 
 DIM, HEADS = 8, 2
 deep = sequence_memory(mlp(), chunk=4)
 exact = sequence_memory(matrix(), rule=retain(decay(), momentum()), chunk=4, gradient_at="token")
+RETENTIONS = [decay(), kl(), lq(), sigmoid(), elastic_net_ftrl(), row_norm(each="chunk")]
 MEMORIES = {"deep": (deep, DEEP), "exact": (exact, EXACT)}
 
 
@@ -159,6 +160,17 @@ def test_the_read_timing_of_the_memory_is_kept() -> None:
         layer = build(caching(memory, segment=4, read="soup", slots=2))
         plain = build(caching(memory, segment=4, slots=2))
         torch.testing.assert_close(layer(x)[0][:, :4], plain(x)[0][:, :4], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("read", ["gated", "soup"])
+@pytest.mark.parametrize("way", ["chunked", "recurrent", "stepped"])
+@pytest.mark.parametrize("retention", RETENTIONS, ids=str)
+def test_what_is_kept_is_what_the_memory_answers_with(retention, way, read) -> None:
+    """In the first chunk of its second segment, a memory that is read at its boundary is what ended there: gates that
+    add up to one change nothing."""
+    memory = sequence_memory(mlp(), l2(), retain(retention, momentum()), 4, read="boundary", way=way)
+    layer, x = build(caching(memory, segment=4, read=read, slots=2)), inputs(8)[None]
+    torch.testing.assert_close(layer(x)[0], layer.memory(x)[0], rtol=1e-10, atol=1e-10)
 
 
 def test_checkpointing_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling import checks
+from nestling.checks import options
 from nestling.levels import LevelsState, Reader, level
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
@@ -108,6 +109,15 @@ def test_every_option_of_a_model_is_live() -> None:
     finding = checks.options_live(config(attention(window=8), levels=levels))
     assert finding.passed, finding
     assert finding.detail == "not judged: levels[0].momentum, levels[0].retention", "plain descent uses neither"
+
+
+def test_the_wiring_of_the_default_model_is_live(monkeypatch) -> None:
+    """Reptile too, beside a slower level whose step is one."""
+    every = options.variants
+    wiring = lambda part, path="": (found for found in every(part, path) if found.path.endswith("transfer"))  # noqa: E731
+    monkeypatch.setattr(options, "variants", wiring)
+    finding = checks.options_live(Decoder(ModelConfig(dim=16, heads=2, blocks=1, vocabulary=17)))
+    assert finding.passed, finding.detail
 
 
 def test_options_of_levels_are_judged_where_they_mean_something() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.memory import decay, matrix, mlp, momentum, parse, retain
+from nestling.memory import decay, elastic_net_ftrl, kl, l2, lq, matrix, mlp, momentum, parse, retain, sigmoid
+from nestling.memory.structure import plain
 from nestling.sequence import Mixer, attention, mac, mag, mal, self_modifying, sequence_memory
 from oracles import (
     DEEP,
@@ -111,6 +112,19 @@ def test_memory_as_layer(kind: str, length: int) -> None:
         atol=1e-10,
     )
     assert_same(gradients(y[0], layer, x), gradients(expected, layer, x))
+
+
+@pytest.mark.parametrize("way", ["chunked", "stepped"])
+@pytest.mark.parametrize("retention", [kl(), lq(), sigmoid(), elastic_net_ftrl()], ids=str)
+def test_a_segment_reads_what_the_memory_answers_with(retention, way) -> None:
+    memory = sequence_memory(mlp(), l2(), retain(retention, momentum()), 4, read="boundary", way=way)
+    layer, x = build(mac(memory, segment=4)), inputs(5)[None]
+    _, before = layer(x[:, :4])
+    _, after = layer(x[:, 4:], before)
+    of, asked = layer.memory.memory, normal(1, HEADS, 3, DIM // HEADS)
+    expected = of.at_anchor(of.open(before.memory.memory, True), asked)
+    found = layer.structure.forward(plain(after.opened), asked)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 class NaiveContext:

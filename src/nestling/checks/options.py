@@ -113,7 +113,10 @@ def small(part: Any) -> Any:
 
 
 def _quick(block: Level, period: int) -> Level:
-    """A block of the continuum with ticks that come soon."""
+    """A block of the continuum with ticks that come soon, and steps below one: Reptile's whole step toward where
+    learning ended leaves a level where it is, as no start at all does."""
+    if isinstance(block, level | spectrum):
+        block = dataclasses.replace(block, step_size=min(block.step_size, 0.5))
     if isinstance(block, spectrum):
         return dataclasses.replace(small(block), fastest=period, slowest=2 * period)
     endless = not isinstance(block, level) or block.period == math.inf

@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nestling.memory import known
@@ -32,7 +32,8 @@ def zoo_command(name: tyro.conf.Positional[str | None] = None, *, check: bool = 
     if check:
         Console().print(checked(shown))
     elif name is None:
-        Console().print(listed(shown))
+        console = Console()
+        console.print(listed(shown, console.width))
     else:
         model = shown[name]
         parts = zip(("structure", "attentional bias", "retention", "algorithm"), model.choices, strict=True)
@@ -45,20 +46,29 @@ def zoo_command(name: tyro.conf.Positional[str | None] = None, *, check: bool = 
         Console().print(table)
 
 
-def listed(models: dict[str, Model]) -> Table:
-    """A row a model: the four choices, numbers of state and products a token, of one head of 64."""
-    columns = ("model", "structure", "attentional bias", "retention", "algorithm", "ways", "state", "FLOPs/token")
-    table = Table(*columns, caption="one head of 64; FLOPs of a forward pass with projections")
+def listed(models: dict[str, Model], width: int = 300) -> Table:
+    """A row a model: the four choices, numbers of state and products a token, of one head of 64. On a terminal of less
+    than 150 columns: structure, bias and state."""
+    columns = ("structure", "attentional bias", "retention", "algorithm", "ways", "state", "FLOPs/token")
+    caption = "one head of 64; FLOPs of a forward pass with projections"
+    shown = columns if width >= 150 else ("structure", "attentional bias", "state")
+    if shown != columns:
+        caption = "numbers of state of one head of 64; nestling zoo NAME tells the rest, as do 150 columns"
+    table = Table(caption=caption)
+    table.add_column("model", no_wrap=True)
+    for name in shown:
+        table.add_column(name, no_wrap=name in ("state", "FLOPs/token"), overflow="fold")
     for name, model in models.items():
         cost = size(model.mixer)
-        cells = (name, *model.choices, ", ".join(model.ways), f"{cost.state:,}", f"{cost.flops:,}")
-        table.add_row(*map(Text, cells))
+        cells = (*model.choices, ", ".join(model.ways), f"{cost.state:,}", f"{cost.flops:,}")
+        told = dict(zip(columns, cells, strict=True))
+        table.add_row(Text(name), *(Text(told[column]) for column in shown))
     return table
 
 
 def checked(models: dict[str, Model]) -> Table:
     """A row a model and way: the largest relative difference from its oracle. Raises ValueError where one is large."""
-    table = Table("model", "way", "error", "note")
+    table = Table(Column("model", no_wrap=True), "way", "error", "note")
     far = []
     for name, model in models.items():
         for way in model.ways if model.oracle is not None else ():

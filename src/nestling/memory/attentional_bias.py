@@ -3,12 +3,15 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .part import Part
+
+if TYPE_CHECKING:
+    from .structure import Structure
 
 
 class AttentionalBias(Part, family=True):
@@ -28,6 +31,9 @@ class AttentionalBias(Part, family=True):
     def target(self, key: Tensor, value: Tensor) -> Tensor:
         """What the memory is to answer for this pair [..., v]: what `loss` and `error` take as the value."""
         return value
+
+    def fits(self, structure: "Structure") -> None:
+        """Raises ValueError where a memory of this structure cannot mean what the objective asks for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +67,7 @@ class residual_l2(AttentionalBias):
     """l2 to the value less the key: loss = |M(k) - (v - k)|^2 / 2 (TTT's target).
 
     The memory learns what the key lacks. Where the structure adds the key itself (a residual), l2() is this already:
-    |k + f(k) - v| = |f(k) - (v - k)|. Keys and values must be equally wide.
+    |k + f(k) - v| = |f(k) - (v - k)|, and this one is refused. Keys and values must be equally wide.
     """
 
     slope: ClassVar[float | None] = 1.0
@@ -78,6 +84,10 @@ class residual_l2(AttentionalBias):
                 f"{self}: v - k needs keys as wide as values, got {key.shape[-1]} and {value.shape[-1]}; use l2()"
             )
         return value - key
+
+    def fits(self, structure: "Structure") -> None:
+        if structure.residual:
+            raise ValueError(f"{self} takes the key from the value, and {structure} adds it to its answer; use l2()")
 
 
 @dataclass(frozen=True, repr=False)

@@ -26,6 +26,10 @@ class _around(Structure, abstract=True):
         return self.of.bare
 
     @property
+    def residual(self) -> bool:  # type: ignore[override]
+        return self.of.residual
+
+    @property
     def meets_keys(self) -> int:  # type: ignore[override]
         return self.of.meets_keys
 

@@ -73,6 +73,7 @@ class gradient_memory(_remembering):
         _require(name, self.rule, Rule, "a memory is learned by a rule")
         _require(name, self.of, Direction, "it is fed what a direction says")
         self.check_gates()
+        self.attentional_bias.fits(self.structure)
         if isinstance(self.structure, together):
             raise ValueError(f"{name}: needs one memory's structure, got {self.structure}")
         if self.form not in ("units", "ones"):

@@ -25,12 +25,13 @@ class Structure(Part, family=True):
     at the value back to an error at the output of every map, by hand, so that writes are ordinary operations
     in the autograd graph and can be checkpointed. Oracle: autograd (tests/test_structure.py).
     linear: one map of something that is made of the key without weights, W map_keys(k); it can be written a chunk at
-    once at every token's own weights. bare: the value is the last map's output. meets_keys: so many maps, the first
-    ones, have the keys as their inputs.
+    once at every token's own weights. bare: the value is the last map's output. residual: the key is added to it.
+    meets_keys: so many maps, the first ones, have the keys as their inputs.
     """
 
     linear: bool = False
     bare: bool = False
+    residual: bool = False
     meets_keys: int = 1
 
     def map_keys(self, keys: Tensor) -> Tensor:
@@ -265,6 +266,10 @@ class together(Structure):
     """
 
     of: Structure
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        return self.of.residual
 
     def __post_init__(self) -> None:
         if isinstance(self.of, together):

@@ -105,7 +105,7 @@ class Caching(MixerModule):
         return CachingState(*start, cached, means, exists, total, torch.zeros_like(start.phase))
 
     def standing(self, state: CachingState) -> Weights:
-        return state.memory.running
+        return self.memory.memory.standing(state.memory)
 
     def forward(
         self,
@@ -143,7 +143,8 @@ class Caching(MixerModule):
         """One piece of inputs [b, c, d], and of what they ask the caches for [b, c, d]."""
         memory, kept = states
         if piece.opens[1] is not False:
-            kept = self._keep(kept, memory.running, piece.opens[1])
+            ended = self.memory.memory.open(memory, True)
+            kept = self._keep(kept, self.memory.memory.standing(ended), piece.opens[1])
         memory = self.memory.memory.open(memory, piece.opens[0])
         segments: _Segments = kept.rule[0]
         totals = segments.total[:, None] + x.cumsum(1)  # empty slots hold zero
@@ -212,11 +213,15 @@ class Caching(MixerModule):
             here = None if pairs.valid is None else pairs.valid[:, t : t + 1]
             before = memory
             _, memory = self.memory.memory.run(memory, pairs.at(t)._replace(valid=here, carry=None))
-            standing = {"after": memory.running, "before": before.running, "boundary": memory.anchor}
+            now, of = {
+                "after": (memory.running, memory),
+                "before": (before.running, before),
+                "boundary": (memory.anchor, before),
+            }[self.expression.memory.read]
             g = gates[:, :, t, :, None, None]
             mixed = tuple(
                 g[:, :, 0] * weight + (g[:, :, 1:] * old).sum(2)
-                for weight, old in zip(standing[self.expression.memory.read], cached, strict=True)
+                for weight, old in zip(self.memory.memory.exposed(now, of), cached, strict=True)
             )
             reads.append(self.expression.memory.structure.forward(plain(mixed), queries[:, :, t : t + 1])[0])
         return torch.cat(reads, 2), memory

@@ -99,7 +99,7 @@ class SequenceMemory(MixerModule):
         return self.output(y, x), SequenceState(layout.phase, tail, memory)
 
     def standing(self, state: SequenceState) -> Weights:
-        return state.memory.running
+        return self.memory.standing(state.memory)
 
     def through(
         self,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestling.memory.naive import naive_self_modifying
+
 Parameters = Mapping[str, Tensor]
 Told = tuple[Tensor, dict[str, Tensor]]
 Token = Callable[[int, int], tuple[Tensor, ...]]
@@ -208,7 +210,40 @@ def windowed(window: float, p: Parameters, x: Tensor, heads: int) -> Told:
             weights = torch.exp(scores - scores.max())
             each.append((weights / weights.sum()) @ torch.stack([_head(v[i], head, heads) for i in seen]))
         said.append(p["project.weight"] @ torch.cat(each))
-    return torch.stack(said), {}
+    last = len(x) if math.isinf(window) else int(window) - 1
+    return torch.stack(said), {"keys": _kept(k, heads, last), "values": _kept(v, heads, last)}
+
+
+def _kept(stream: Tensor, heads: int, last: int) -> Tensor:
+    """The last so many rows of every head [h, last, k], zero where there have not been as many."""
+    rows = [stream[t] if t >= 0 else torch.zeros_like(stream[0]) for t in range(len(stream) - last, len(stream))]
+    return torch.stack([torch.stack([_head(row, head, heads) for row in rows]) for head in range(heads)])
+
+
+def self_modifying(chunk: int, projection_chunk: int, safety: float, p: Parameters, x: Tensor, heads: int) -> Told:
+    """`memory.naive.naive_self_modifying` in every head, with memories for key, value, step size and retention."""
+    mixed = _silu(_convolved(p, x @ p["mix.weight"].T))
+    momentum = torch.sigmoid(x @ p["gates.weight"].T + p["gates.bias"])
+    members = {name: f"starts.{i}" for i, name in enumerate(("key", "value", "step_size", "retention", "main"))}
+    width = x.shape[1] // heads
+    bound = safety / (1.0 + math.sqrt(max(chunk, projection_chunk) / width)) ** 2
+    reads, ends = [], []
+    for head in range(heads):
+        u, q = (torch.stack([_unit(_head(row, head, heads)) for row in part]) for part in mixed.chunk(2, -1))
+        starts: dict[str, tuple[Tensor, ...]] = {
+            name: (p[f"{at}.0"][head], p[f"{at}.1"][head]) for name, at in members.items()
+        }
+        own = (p["gate_bias"][head], p["value_scale"][head], bound, chunk, projection_chunk)
+        run = naive_self_modifying(u, q, momentum[:, head], starts, *own)
+        reads.append(run.reads)
+        ends.append(run.weights)
+    kept = {}
+    for group, names in enumerate((("key", "value"), ("step_size", "retention"))):
+        for i in range(2):
+            each = [torch.stack([end[name][i] for name in names]) for end in ends]
+            kept[f"memories.{group}.running.{i}"] = torch.stack(each)
+    kept |= {f"memories.2.running.{i}": torch.stack([end["main"][i] for end in ends]) for i in range(2)}
+    return _said(p, reads, x), kept
 
 
 def _turned(x: Tensor, position: int) -> Tensor:

@@ -14,6 +14,8 @@ from nestling.memory.state import flatten
 from .mixer import Mixer
 from .oracles import LayerOracle, Oracle, layer_error, memory_error
 from .scan import Memory
+from .self_modifying import self_modifying
+from .tnt import tnt
 
 FAR = 1e-9  # of a model from its oracle, in float64
 
@@ -45,8 +47,9 @@ class Model:
 
 
 def _legal(mixer: Any, way: str) -> bool:
+    """Can it be built, and read one token? Some rules only say at a chunk that they have no form for one."""
     try:
-        dataclasses.replace(mixer, way=way)
+        dataclasses.replace(mixer, way=way).build(4, 1, torch.Generator().manual_seed(0))(torch.zeros(1, 1, 4))
     except ValueError:
         return False
     return True
@@ -56,6 +59,8 @@ def _choices(mixer: Mixer) -> tuple[str, str, str, str]:
     if mixer.choices is not None:
         return mixer.choices
     if not isinstance(mixer, Memory):
+        if isinstance(mixer, tnt):
+            return _choices(mixer.parts().mixers[0])
         inner = [getattr(mixer, field.name) for field in dataclasses.fields(mixer)]  # type: ignore[arg-type]
         found = next((_choices(part) for part in inner if isinstance(part, Mixer)), ("", "", "", ""))
         return found
@@ -95,7 +100,7 @@ def error(model: Model, way: str, length: int = 40, width: int = 6) -> float:
     if model.oracle is None:
         return float("nan")
     mixer = dataclasses.replace(model.mixer, way=way) if way in _WAYS else model.mixer  # type: ignore[type-var]
-    if isinstance(mixer, Memory):
+    if isinstance(mixer, Memory) and not isinstance(mixer, self_modifying):
         return memory_error(mixer, model.oracle, length, width)  # type: ignore[arg-type]
     return layer_error(mixer, model.oracle, length, width)  # type: ignore[arg-type]
 

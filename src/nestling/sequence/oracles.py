@@ -1,6 +1,7 @@
 """What a named model is held against: its paper's recurrence, for one head of one row, and how far it is from that."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ def memory_error(memory: Memory, oracle: Oracle, length: int, width: int) -> flo
 def layer_error(mixer: Mixer, oracle: LayerOracle, length: int, width: int) -> float:
     """`memory_error` of a whole layer with two heads: over y, what it remembers and the gradients of x and of every
     parameter, none of which is at its neutral start."""
-    less = {name: few for name, few in (("chunk", 16), ("window", 8)) if getattr(mixer, name, None) is not None}
+    most = {"chunk": 16, "projection_chunk": 8, "window": 8}
+    less = {name: few for name, few in most.items() if (getattr(mixer, name, None) or 0) > few}
     mixer = dataclasses.replace(mixer, **less)  # type: ignore[type-var]
     generator = torch.Generator().manual_seed(0)
     layer = mixer.build(2 * width, 2, generator).double()
@@ -104,7 +106,8 @@ def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
 def _run(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
     keys, values, queries, *gates = (part[None, None] for part in flow[:6])
     told = {name: getattr(flow, name)[None, None] for name in _tells(memory)}
-    state, reads = memory.begin(tuple(weight[None, None] for weight in weights)), []
+    widths = keys.shape[-1], values.shape[-1]
+    state, reads = memory.begin(tuple(weight[None, None] for weight in weights), widths), []
     for first in range(0, keys.shape[2], memory.chunk):
         at = slice(first, first + memory.chunk)
         state = memory.open(state, True)
@@ -132,6 +135,40 @@ def linear(recurrence: Callable[[Flow, Tensor], tuple[Tensor, Tensor]]) -> Oracl
     return oracle
 
 
+def featured(oracle: Oracle, features: Callable[[Tensor], Tensor]) -> Oracle:
+    """`oracle` on phi(k) and phi(q), each [k] -> [n]."""
+
+    def on_features(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+        keys, queries = (torch.stack([features(row) for row in rows]) for rows in (flow.keys, flow.queries))
+        return oracle(memory, weights, flow._replace(keys=keys, queries=queries))
+
+    return on_features
+
+
+def squares(key: Tensor) -> Tensor:
+    """phi with <phi(q), phi(k)> = (1 + q.k)^2: 1, k_i sqrt 2, k_i^2 and k_i k_j sqrt 2, i < j."""
+    channels = [torch.ones_like(key[0]), *key]
+    pairs = [(i, j) for i in range(len(channels)) for j in range(i, len(channels))]
+    return torch.stack([channels[i] * channels[j] * (1.0 if i == j else math.sqrt(2.0)) for i, j in pairs])
+
+
+def two_terms(key: Tensor) -> Tensor:
+    """phi with <phi(q), phi(k)> = 1 + q.k + (q.k)^2 / 2: 1, k_i, k_i^2 / sqrt 2 and k_i k_j, i < j."""
+    after_linear = squares(key) / math.sqrt(2.0)
+    n = len(key) + 1
+    return torch.cat([torch.ones_like(key[:1]), key, after_linear[n:]])
+
+
+def oja(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+    """S <- S + eta v (k - S^T v)^T, read after it."""
+    (S,), reads = weights, []
+    for t in range(len(flow.keys)):
+        kept = flow.keys[t] - S.T @ flow.values[t]
+        S = S + flow.step_size[t] * flow.values[t][:, None] * kept
+        reads.append(S @ flow.queries[t])
+    return torch.stack(reads), (S,)
+
+
 def deep(**told: Any) -> Oracle:
     """`naive_memory`, or the Omega rule, with these choices and the memory's own chunk and reads."""
 
@@ -141,7 +178,8 @@ def deep(**told: Any) -> Oracle:
         if memory.window > 1:
             still = flow.momentum if "momentum" in str(memory.rule) else torch.zeros_like(flow.momentum)
             shares = flow.shares if "shares" in _tells(memory) else None
-            run = naive.naive_window(*given, still, flow.log_retention, memory.window, shares)
+            kept = flow.log_retention if isinstance(memory.rule, retain) else torch.zeros_like(flow.log_retention)
+            run = naive.naive_window(*given, still, kept, memory.window, shares)
         else:
             run = naive.naive_memory(
                 *given,
@@ -164,18 +202,26 @@ def once_a_chunk(**told: Any) -> Oracle:
     return oracle
 
 
-def ttt(recurrence: Callable[[Maps, Tensor], Tensor]) -> Oracle:
-    """M(k) = k + LN(recurrence(W, k)) toward v: `normed` and the residual target of TTT."""
+def ttt(f: Callable[[Maps, Tensor], Tensor]) -> Oracle:
+    """TTT (2407.04620), its loss as the paper prints it: |LN(f(W, k)) - (v - k)|^2 / 2 by autograd at W_c, on which the
+    chunk opened. W_t = W_c - sum over the chunk's j <= t of (prod_{j<l<=t} a_l) eta_j grad_j; y = q + LN(f(W_t, q))."""
 
-    def function(weights: Maps, key: Tensor) -> Tensor:
-        inner = recurrence(weights, key)
-        return key + (inner - inner.mean()) / (inner.var(correction=0) + 1e-6).sqrt()
+    def normal(x: Tensor) -> Tensor:
+        centred = x - x.sum() / len(x)
+        return centred / (centred.square().sum() / len(x) + 1e-6).sqrt()
 
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
-        given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
-        how: dict[str, Any] = {"chunk": memory.chunk, "read": memory.read}
-        run = naive_miras.naive_anchored(function, lambda read, value, key: read - (value - key), weights, given, **how)
-        return run.reads, run.standing
+        standing, reads = weights, []
+        for t, (key, value) in enumerate(zip(flow.keys, flow.values, strict=True)):
+            if t % memory.chunk == 0:
+                opened, steps = standing, [torch.zeros_like(weight) for weight in standing]
+            loss = (normal(f(opened, key)) - (value - key)).square().sum() / 2
+            gradients = torch.autograd.grad(loss, opened, create_graph=True)
+            pairs = zip(steps, gradients, strict=True)
+            steps = [flow.retention[t] * step + flow.step_size[t] * gradient for step, gradient in pairs]
+            standing = tuple(weight - step for weight, step in zip(opened, steps, strict=True))
+            reads.append(flow.queries[t] + normal(f(standing, flow.queries[t])))
+        return torch.stack(reads), standing
 
     return oracle
 

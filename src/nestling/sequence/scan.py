@@ -83,6 +83,7 @@ class Memory:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        self.attentional_bias.fits(self.structure)
         if self.rule.exposes and self.way == "chunked" and self.read != "boundary":
             raise ValueError(
                 f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
@@ -159,6 +160,13 @@ class Memory:
         """What the memory answers with where `weights` stand, each [b, h, out, in]."""
         rules = [rule.of if isinstance(rule, stepped.Pending) else rule for rule in state.rule]
         return tuple(self.rule.expose(weight, rule) for weight, rule in zip(weights, rules, strict=True))
+
+    def standing(self, state: MemoryState) -> Weights:
+        """The weights [b, h, out, in] that the memory answers with after all that was written to it: also what the
+        open chunk has pending, where one step is taken a chunk."""
+        if self.way == "stepped":
+            state = self.open(state, True)
+        return self.exposed(state.running, state)
 
     def at_anchor(self, state: MemoryState, x: Tensor) -> Tensor:
         """The memory's answer [b, h, c, v] at the weights on which the chunk opened ([b, h, n, c, v] of memories

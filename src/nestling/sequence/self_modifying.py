@@ -196,7 +196,7 @@ class SelfModifying(MixerModule):
         return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
 
     def standing(self, state: SelfModifyingState) -> Weights:
-        return state.memories[-1].running
+        return self.memories[-1].standing(state.memories[-1])
 
     def project(
         self,

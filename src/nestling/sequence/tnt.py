@@ -80,7 +80,7 @@ class Shards(MixerModule):
         return ShardState(*start, (start.tail.new_zeros(batch, self.memory.heads, width, width),))
 
     def standing(self, state: ShardState) -> Weights:
-        return state.memory.running
+        return self.memory.memory.standing(state.memory)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nestling.memory import naive, naive_linear, naive_miras
 from nestling.memory.adaptive import adam
-from nestling.memory.attentional_bias import dot, l2, lp, residual_l2
+from nestling.memory.attentional_bias import dot, l2, lp
 from nestling.memory.compound import features, normed
 from nestling.memory.feature import exponential, polynomial
 from nestling.memory.oja import oja
@@ -20,7 +20,7 @@ from nestling.memory.retention import decay, decay_to_anchor, kl, row_norm
 from nestling.memory.rule import gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
-from . import naive_layers
+from . import naive_layers, oracles
 from .attention import attention
 from .averaged_gates import averaged_gates
 from .caching import caching
@@ -31,7 +31,20 @@ from .linear_mixer import linear_mixer
 from .lstm import lstm
 from .miras import memora, moneta, yaad
 from .named import Model
-from .oracles import deep, every_channel, lact, layer, linear, miras, once_a_chunk, ttt, written
+from .oracles import (
+    deep,
+    every_channel,
+    featured,
+    lact,
+    layer,
+    linear,
+    miras,
+    once_a_chunk,
+    squares,
+    ttt,
+    two_terms,
+    written,
+)
 from .pair_gates import map_gates, unit_steps, window_gates
 from .preparation import bare, silu
 from .self_modifying import self_modifying
@@ -47,6 +60,7 @@ def _exact(bias: Any, rule: Any, structure: Any = matrix(), **around: Any) -> se
 
 _DECAYED = retain(decay(), gradient_descent())
 _TITANS = retain(decay(), momentum())
+_BOUNDED = "steps normalised, clipped and averaged, forgetting toward the start, hidden width 1 x the value's"
 _AVERAGED = retain(decay_to_anchor(), gradient_descent())
 
 zoo: dict[str, Model] = {
@@ -88,7 +102,7 @@ zoo: dict[str, Model] = {
         "S_t = a_h S_{t-1} + v_t k_t^T,  a_h = 1 - 2^(-5-h) of head h",
         "Sun et al. 2023 (arXiv 2307.08621)",
         linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, written(f), every_channel(f), s)),
-        note="without the rotation of queries and keys",
+        note="without the rotation of queries and keys, with a convolution of width 4",
     ),
     "mamba2": Model(
         _exact(dot(), _DECAYED, gating=mamba2_gates(), preparation=silu()),
@@ -102,6 +116,7 @@ zoo: dict[str, Model] = {
         "S_t = S_{t-1} Diag(a_t) + v_t k_t^T,  log a_t = logsigmoid(W_2 W_1 x_t + b) / 16",
         "Yang et al. 2024 (arXiv 2312.06635)",
         linear(lambda f, s: naive_linear.naive_gla(f.queries, f.keys, written(f), f.retention, s)),
+        note="with a convolution of width 4",
     ),
     "hgrn2": Model(
         linear_mixer(hgrn2_streams()),
@@ -167,13 +182,14 @@ zoo: dict[str, Model] = {
         sequence_memory(matrix(), dot(), oja(), 1, "token", way="recurrent"),
         "S_t = S_{t-1} + eta_t v_t (k_t - S_{t-1}^T v_t)^T",
         "Oja 1982; Irie et al. 2022",
-        note="checked in tests/test_oja.py",
+        oracles.oja,
     ),
     "deep_transformer": Model(
         _exact(dot(), gradient_descent(), structure=features(matrix(), exponential(2))),
         "S_t = S_{t-1} + eta_t v_t phi(k_t)^T,  <phi(q), phi(k)> = 1 + q.k + (q.k)^2 / 2, the first terms of exp(q.k)",
         "ATLAS, section 4",
-        note="a matrix: softmax attention without its norm; features to the second degree (tests/test_compound.py)",
+        featured(linear(lambda f, s: naive_linear.naive_linear_attention(f.queries, f.keys, written(f), s)), two_terms),
+        note="a matrix: softmax attention without its norm; features to the second degree",
     ),
     "dot": Model(
         sequence_memory(
@@ -181,7 +197,7 @@ zoo: dict[str, Model] = {
         ),
         "S_t = S_{t-1} - eta_t sum_{t-c<i<=t} g_ti (S phi(k_i) - v_i) phi(k_i)^T at the chunk's first weights",
         "ATLAS, section 4",
-        note="features checked in tests/test_compound.py, windows in tests/test_window.py",
+        featured(deep(), two_terms),
     ),
     "deltanet": Model(
         _exact(l2(), gradient_descent()),
@@ -202,6 +218,7 @@ zoo: dict[str, Model] = {
         "W_t = a_t W_{t-1} + eta_t d<M(k_t), v_t>/dW at the chunk's first weights",
         "ATLAS (arXiv 2505.23735)",
         deep(objective="dot", residual=True),
+        note="hidden width 1 x the value's",
     ),
     "swla": Model(
         sequence_memory(matrix(), dot(), retain(decay(), gradient_descent()), 16, gating=window_gates(), window=4),
@@ -214,24 +231,40 @@ zoo: dict[str, Model] = {
         "W_t = a_t W_{t-1} - eta_t sum_{t-c<i<=t} g_ti d|M(k_i) - v_i|^2/2 /dW at the chunk's first weights",
         "ATLAS, equations 10, 11",
         deep(residual=True),
-        note="keys without polynomial features, whose degree the paper does not tell",
+        note="hidden width 1 x the value's; keys without polynomial features, whose degree the paper does not tell",
     ),
     "titans": Model(
         sequence_memory(mlp(), l2(), _TITANS, 16),
         "S_t = m_t S_{t-1} - eta_t d|M(k_t) - v_t|^2/2 /dW;  W_t = a_t W_{t-1} + S_t",
         "Behrouz et al. 2025 (arXiv 2501.00663), equations 9 to 14",
         deep(residual=True),
-        note="the layer's own default rule bounds and averages its steps (docs/papers.md)",
+        note="M(k) = k + f(k), hidden width 1 x the value's; the paper's k + LN(f(k)), 4 x",
     ),
-    "titans_mac": Model(mac(), "memory as context", "Titans 21 to 25", note="oracle in tests/test_titans.py"),
-    "titans_mag": Model(mag(), "memory as gate", "Titans 26 to 28", note="oracle in tests/test_titans.py"),
-    "titans_mal": Model(mal(), "memory as layer", "Titans 29 to 31", note="oracle in tests/test_titans.py"),
+    "titans_mac": Model(
+        mac(),
+        "y_t = attention of x_t over [persistent | h_j | x_j], h_j = norm(M(q_j)), j <= t in the segment, M as "
+        "that opened;  o_t = norm(y_t) * SiLU(norm(M_t(y_t))), M written with y",
+        "Titans 21 to 25",
+        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+    ),
+    "titans_mag": Model(
+        mag(),
+        "o_t = norm(y_t) * SiLU(norm(m_t)),  m = memory(x),  y = attention(x) over [persistent | the last `window`]",
+        "Titans 26 to 28",
+        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+    ),
+    "titans_mal": Model(
+        mal(),
+        "o = attention(norm(m)) over [persistent | the last `window`],  m = memory(x)",
+        "Titans 29 to 31",
+        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+    ),
     "moneta": Model(
         moneta(),
         "A_t = a_t A_{t-1} - eta_t d|M(k_t) - v_t|_3^3/dW;  W = A / |A|_4^2",
         "Miras (arXiv 2504.13173), equations 24, 25",
         miras(naive_miras.naive_moneta, p=3.0, q=4.0, sharpness=10.0),
-        note="gates are one a head; the paper's one a channel",
+        note="read at the chunk's first weights; gates are one a head; the paper's one a channel",
     ),
     "yaad": Model(
         yaad(),
@@ -245,19 +278,17 @@ zoo: dict[str, Model] = {
         "W_t = softmax(a_t log W_{t-1} - eta_t dl_2/dW), row by row",
         "Miras, equation 27",
         miras(naive_miras.naive_memora, scale=1.0),
-        note="gates are one a head; the learned starts are the logits",
+        note="read at the chunk's first weights; gates are one a head; the learned starts are the logits",
     ),
     "ttt_linear": Model(
-        sequence_memory(normed(matrix()), residual_l2(), _AVERAGED, 16, gating=averaged_gates()),
+        sequence_memory(normed(matrix()), l2(), _AVERAGED, 16, gating=averaged_gates()),
         "W_i = W_c - 1/i sum_{j<=i} eta_j d|LN(W k_j) - (v_j - k_j)|^2/2 /dW at W_c, the chunk's first weights",
         "Sun et al. 2024 (arXiv 2407.04620)",
         ttt(lambda w, k: w[0] @ k),
         note="LN without a scale, no bias; 1/i, times a learned exp(s_i), in tests/test_averaged_gates.py",
     ),
     "ttt_mlp": Model(
-        sequence_memory(
-            normed(mlp(residual=False, expansion=4.0)), residual_l2(), _AVERAGED, 16, gating=averaged_gates()
-        ),
+        sequence_memory(normed(mlp(residual=False, expansion=4.0)), l2(), _AVERAGED, 16, gating=averaged_gates()),
         "as ttt_linear, W k replaced by W_2 GELU(W_1 k)",
         "Sun et al. 2024",
         ttt(lambda w, k: w[1] @ F.gelu(w[0] @ k)),
@@ -277,7 +308,7 @@ zoo: dict[str, Model] = {
         "S <- m S - sum_t sum_{t-c<i<=t} g_ti dl_2(k_i, v_i)/dW over a chunk;  W <- a W + eta NS_5(S)",
         "ATLAS, equations 32, 33; once a chunk as LaCT does",
         once_a_chunk(readout=naive.naive_newton_schulz),
-        note="keys without polynomial features, whose degree the paper does not tell",
+        note="hidden width 1 x the value's; keys without polynomial features, whose degree the paper does not tell",
     ),
     "lact": Model(
         sequence_memory(
@@ -296,13 +327,14 @@ zoo: dict[str, Model] = {
     ),
     "tnt": Model(
         tnt(),
-        "a memory with large chunks beside small ones that begin anew every shard, read by projected queries",
+        "y_t = M(q_t; V) + sum_i M(C_t q_t; W_t^i),  C_t = C_{t-1} + k_t k_t^T,  V as the large chunk opened, W^i of "
+        "small chunks; W^i and C begin anew every shard",
         "TNT (arXiv 2511.07343), equations 6, 7",
-        note="oracle in tests/test_tnt.py",
+        note="steps normalised and clipped; oracle in tests/test_tnt.py",
     ),
     "titans_cached": Model(
         caching(sequence_memory(mlp(), l2(), _TITANS, 16)),
-        "y_t = M_t(q_t) + sum over ended segments s of M^(s)(q_t)",
+        "y_t = g_s M_t(q_t) + sum_{i<s} g_i M_i(q_t),  g = softmax_{i<=s}(u_t.p_i / sqrt k),  p_i the mean of x in i",
         "Memory Caching (arXiv 2602.24281)",
         note="oracle in tests/test_caching.py",
     ),
@@ -310,13 +342,17 @@ zoo: dict[str, Model] = {
         self_modifying(),
         "k, v, eta, a from memories that write their own targets; each one step of DGD with momentum and retention",
         "Nested Learning, equations 83 to 93",
-        note="oracle memory.naive.naive_self_modifying, in tests/test_self_modifying.py",
+        lambda mixer, *given: naive_layers.self_modifying(
+            mixer.chunk, mixer.projection_chunk, mixer.step_bound, *given
+        ),
     ),
     "polynomial_delta": Model(
         sequence_memory(features(matrix(), polynomial(2)), l2(), gradient_descent(), gradient_at="token"),
         "S_t = S_{t-1} - eta_t (S phi(k_t) - v_t) phi(k_t)^T, <phi(q), phi(k)> = (1 + q.k)^2",
         "ATLAS, section 3: the delta rule with features of a higher capacity",
-        note="features checked in tests/test_compound.py",
+        featured(
+            linear(lambda f, s: naive_linear.naive_delta_rule(f.queries, f.keys, f.values, f.step_size, s)), squares
+        ),
     ),
     "unnamed": Model(
         sequence_memory(mlp(), lp(3.0), retain(kl(), scale(adam())), 16, read="boundary", way="stepped"),

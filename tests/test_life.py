@@ -10,6 +10,7 @@ import torch
 
 from lives import CONFIG, KEEP, MODEL, crash, same, text
 from nestling.learner import Busy, Learner, machine
+from nestling.learner.intake import as_tokens, pieces_of
 from nestling.learner.verify import verify_life
 from nestling.levels import Reader
 from nestling.memory.state import flatten
@@ -266,8 +267,15 @@ def test_nothing_bad_is_journaled(life: Learner) -> None:
         life.learn("text", "")
     with pytest.raises(ValueError, match=r"\[0, 256\), got 3 to 300"):
         life.learn(torch.tensor([3, 300]), "doc")
-    with pytest.raises(ValueError, match="whole numbers"):
-        life.learn(torch.zeros(3), "doc")
+    for tokens in (torch.zeros(3), torch.tensor([True]), torch.zeros(1, 3).long()):
+        with pytest.raises(ValueError, match="whole numbers"):
+            life.learn(tokens, "doc")
+    for wrong in (281, None, ["text"], memoryview(b"eight by").cast("i")):
+        with pytest.raises(ValueError, match="what is read is str, bytes, a tensor of tokens"):
+            as_tokens(wrong, life.tokens)
+    for wrong in (None, 281, {"text": "doc"}, {"text"}):
+        with pytest.raises(ValueError, match="or an iterator of these; got a"):
+            pieces_of(wrong)
     assert life.history() == [{"action": "birth", "position": 0}]
 
 
@@ -275,6 +283,9 @@ def test_tokens_and_text_are_one(tmp_path: Path) -> None:
     with Learner.create(tmp_path / "a", MODEL) as a, Learner.create(tmp_path / "b", MODEL) as b:
         a.learn("grüß dich", "doc")
         b.learn(torch.tensor(list("grüß dich".encode())), "doc")
+        same(a, b)
+        a.learn(bytearray(b"and so on"), "doc")
+        b.learn(iter([memoryview(b"and"), b" so on"]), "doc")
         same(a, b)
 
 

@@ -139,6 +139,8 @@ def remove_conversation(life: Path, name: str) -> None:
 
 
 def spoken(turns: list[Turn], *, own_words: bool) -> Tensor:
-    """The tokens of turns, one after the other; what the model said only with `own_words`."""
-    chosen = [turn.tokens for turn in turns if own_words or turn.who != "model"]
+    """The tokens of what was said in turns, one after the other: by the user, and with `own_words` by the model.
+    Documents were only to be read."""
+    speakers = ("user", "model") if own_words else ("user",)
+    chosen = [turn.tokens for turn in turns if turn.who in speakers]
     return torch.tensor([token for tokens in chosen for token in tokens], dtype=torch.int64)

@@ -10,13 +10,15 @@ from .journal import Journal
 
 class Plan(NamedTuple):
     """What forgetting takes out. gone: the events; tainted: every event whose path they are on; base: the
-    last event of the head's path that knows nothing of it; head: where the head will be."""
+    last event of the head's path that knows nothing of it; head: where the head will be; snapshots: the names of those
+    that knew of it, once they are removed."""
 
     gone: set[int]
     tainted: set[int]
     base: int
     head: int
     tokens: int
+    snapshots: tuple[str, ...] = ()
 
 
 def plan_forgetting(journal: Journal, sources: Collection[str]) -> Plan:

@@ -33,7 +33,11 @@ class Talks:
         with pinning(self.life):
             snapshot = ground()
             begun = self._on(name, snapshot.number, snapshot.event)
-            begun.save()
+            try:
+                begun.save()
+            except BaseException:
+                begun.close()
+                raise
         return begun
 
     def _on(self, name: str, number: int, event: int) -> Conversation:

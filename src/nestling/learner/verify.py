@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from nestling.levels import LevelledModel, Reader
 
-from .about import read_about
+from .about import broken_seal, read_about
 from .event import BIRTH, event_key
 from .files import check_sums, leftovers, numbered
 from .fold import Fold, Tell, digest
@@ -43,6 +43,8 @@ def verify_life(folder: Path, *, replay: bool = False, tell: Tell | None = None)
         report = Verified([], {}, [])
         if found != about.model:
             report.problems.append(f"{folder}: a life of model {about.model}, but model/ is {found}")
+        if broken := broken_seal(folder, journal.facts().get("about")):
+            report.problems.append(broken)
         _check_journal(journal, report)
         good = _check_snapshots(folder, journal, model, report)
         _check_conversations(folder, report)

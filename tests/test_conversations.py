@@ -133,6 +133,7 @@ def test_what_was_said_is_learned_only_when_asked(life: Learner) -> None:
         assert life.sources()["conversation a"]["tokens"] == 16 + 4  # nothing twice
     with life.conversation("b") as talk:
         talk.hear(tokens(life, b"the user's words"))
+        talk.hear(tokens(life, b"a document, only to be read"), "document")
         said = bytes(talk.answer(12))
         life.learn_conversation(talk, own_words=True)
     assert life.journal.content(life.journal.event(life.at)) == b"the user's words" + said

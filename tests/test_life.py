@@ -1,5 +1,6 @@
 """A life on disk: journal, replay, rollback, fork, exact forgetting. Every equality is of all bits."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import nestling
 from lives import CONFIG, KEEP, MODEL, crash, same, text
 from nestling.learner import Busy, Learner, machine
+from nestling.learner.intake import as_tokens, pieces_of
 from nestling.learner.verify import verify_life
 from nestling.levels import Reader
 from nestling.memory.state import flatten
@@ -259,6 +262,58 @@ def test_snapshots_are_few(life: Learner) -> None:
     assert len(names) == 3
 
 
+def test_a_name_can_be_let_go(life: Learner) -> None:
+    """The snapshot stays while a conversation stands on it, or while it is one of the newest; then it goes."""
+    for name in ("first", "second"):
+        life.learn(text(1, 9), "doc")
+        number = life.snapshot(name).number
+    with life.conversation("a") as talk:
+        assert talk.snapshot == number
+    for _ in range(4):
+        life.learn(text(2), "doc")
+        life.snapshot()
+    life.release_snapshot("first")
+    life.release_snapshot("second")
+    left = {s["number"]: s["name"] for s in life.status()["snapshots"]}
+    assert left.keys() >= {number}
+    assert number - 1 not in left
+    assert set(left.values()) == {None}
+    assert life.verify(replay=True).good
+    with pytest.raises(ValueError, match="unknown snapshot 'first'"):
+        life.release_snapshot("first")
+    life.snapshot("first")
+
+
+def test_a_forget_names_the_snapshots_that_went(life: Learner) -> None:
+    life.learn(text(1), "one")
+    life.snapshot("before")
+    life.learn(text(2), "two")
+    life.snapshot("after")
+    assert life.forget("two").snapshots == ("after",)
+    assert [s["name"] for s in life.status()["snapshots"] if s["name"]] == ["before"]
+
+
+def test_a_copy_beside_a_writer_that_lets_go(life: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that goes while its files are being copied is left out, whole."""
+    life.learn(text(1), "one")
+    life.snapshot()
+    copytree, gone = shutil.copytree, list[Path]()
+
+    def half(source: Path, target: Path) -> Path:
+        if source.parent.name != "snapshots" or gone:
+            return copytree(source, target)
+        gone.append(source)
+        target.mkdir(parents=True)
+        (target / "levels.safetensors").write_bytes(b"half")
+        source.rename(tmp_path / "gone")
+        raise shutil.Error([(str(source), str(target), "no such file")])
+
+    monkeypatch.setattr(shutil, "copytree", half)
+    life.learn(text(2), "two")
+    life.fork(tmp_path / "fork").close()
+    assert verify_life(tmp_path / "fork").problems == []
+
+
 def test_nothing_bad_is_journaled(life: Learner) -> None:
     with pytest.raises(ValueError, match="empty"):
         life.learn("", "doc")
@@ -266,8 +321,15 @@ def test_nothing_bad_is_journaled(life: Learner) -> None:
         life.learn("text", "")
     with pytest.raises(ValueError, match=r"\[0, 256\), got 3 to 300"):
         life.learn(torch.tensor([3, 300]), "doc")
-    with pytest.raises(ValueError, match="whole numbers"):
-        life.learn(torch.zeros(3), "doc")
+    for tokens in (torch.zeros(3), torch.tensor([True]), torch.zeros(1, 3).long()):
+        with pytest.raises(ValueError, match="whole numbers"):
+            life.learn(tokens, "doc")
+    for wrong in (281, None, ["text"], memoryview(b"eight by").cast("i")):
+        with pytest.raises(ValueError, match="what is read is str, bytes, a tensor of tokens"):
+            as_tokens(wrong, life.tokens)
+    for wrong in (None, 281, {"text": "doc"}, {"text"}):
+        with pytest.raises(ValueError, match="or an iterator of these; got a"):
+            pieces_of(wrong)
     assert life.history() == [{"action": "birth", "position": 0}]
 
 
@@ -275,6 +337,9 @@ def test_tokens_and_text_are_one(tmp_path: Path) -> None:
     with Learner.create(tmp_path / "a", MODEL) as a, Learner.create(tmp_path / "b", MODEL) as b:
         a.learn("grüß dich", "doc")
         b.learn(torch.tensor(list("grüß dich".encode())), "doc")
+        same(a, b)
+        a.learn(bytearray(b"and so on"), "doc")
+        b.learn(iter([memoryview(b"and"), b" so on"]), "doc")
         same(a, b)
 
 
@@ -294,10 +359,11 @@ def test_another_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     life.snapshot()
     life.accept(text(2), "two")
     crash(life)
-    here = {**machine(), "threads": 64}
+    here = {**machine(), "threads": 64, "nestling": "99.0"}
     monkeypatch.setattr(sys.modules["nestling.learner.machine"], "machine", lambda: here)
     with Learner.open(tmp_path / "life") as again:
         assert any("not the same bit for bit: threads: 1 then, 64 now" in note for note in again.notes)
+        assert any(f"nestling: {nestling.__version__} then, 99.0 now" in note for note in again.notes)
         assert set(again.sources()) == {"one", "two"}
     with Learner.open(tmp_path / "life") as again:
         assert again.notes == []  # nothing had to be learned again

@@ -1,9 +1,11 @@
 """Full disks, read-only folders, cut and flipped files: a clear error or the generation before, nothing silent."""
 
+import contextlib
 import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +15,11 @@ import pytest
 
 from life_kills import Say, spawn
 from lives import KEEP, MODEL, crash, same, text
-from nestling.learner import Learner
-from nestling.learner.files import numbered
+from nestling.learner import Conversation, Learner
+from nestling.learner.files import numbered, write_file
 from nestling.learner.verify import verify_life
+from nestling.learner.voice import Voice
+from nestling.learner.witness import Witness
 
 
 @pytest.fixture
@@ -238,3 +242,117 @@ def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
     refused, read, _ = child.kill()
     assert "ermission denied" in refused
     assert read == f"read {whole.digest} 6"
+
+
+def test_facts_that_were_changed(folder: Path) -> None:
+    """Still JSON, still a life: verify compares it with the journal's hash; what is missing is named."""
+    file = folder / "life.json"
+    whole = file.read_text()
+    assert '"seed": 0' in whole
+    file.write_text(whole.replace('"seed": 0', '"seed": 1'))
+    (problem,) = verify_life(folder).problems
+    assert "life.json: damaged: not the facts" in problem
+    with Learner.open(folder) as life:
+        assert problem in life.notes
+    assert verify_life(folder).problems == [problem]
+    file.write_text(whole.replace('"machine": {', '"engine": {'))
+    with pytest.raises(ValueError, match="machine is missing"):
+        Learner.open(folder)
+    file.write_text(whole)
+    assert verify_life(folder).problems == []
+
+
+def test_a_newer_journal_is_refused(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        db.execute("PRAGMA user_version=2")
+    with pytest.raises(ValueError, match=r"journal\.sqlite: format 2; this version reads up to 1"):
+        Learner.open(folder)
+    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
+        db.execute("PRAGMA user_version=0")  # as the first lives have it
+    Learner.open(folder).close()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError("no space left")
+
+
+def test_a_close_that_fails_lets_go_of_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    life = Learner.open(folder)
+    monkeypatch.setattr(life.journal, "transaction", full_disk)
+    life.journal._pending.append((1, "{}", 1))
+    with pytest.raises(OSError, match="no space left"):
+        life.close()
+    Learner.open(folder).close()
+
+
+def test_a_conversation_that_cannot_begin_lets_go_of_its_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Learner.open(folder) as life:
+        monkeypatch.setattr(Conversation, "save", full_disk)
+        with pytest.raises(OSError, match="no space left") as failed:
+            life.conversation("a")
+        monkeypatch.undo()
+        life.conversation("a").close()
+        assert failed.value is not None  # its traceback holds on to what failed
+
+
+def test_a_witness_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is in the journal all the same: what follows counts on from it."""
+    with Learner.open(folder) as life:
+        monkeypatch.setattr(Witness, "write", full_disk)
+        with pytest.raises(OSError, match="no space left; the step itself is in the journal"):
+            life.accept(text(7), "doc 1")
+        monkeypatch.undo()
+        life.learn(text(8), "doc 1")
+    assert verify_life(folder).problems == []
+
+
+def test_a_forget_that_is_cut_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The object still had what is forgotten: it says that it is of no use, and the life opens without it."""
+    life = Learner.open(folder)
+    monkeypatch.setattr("nestling.learner.learner.scrub", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        life.forget("doc 2")
+    monkeypatch.undo()
+    for use in (lambda: life.digest, lambda: life.learn("more", "doc"), lambda: life.evaluate(["more"]), life.snapshot):
+        with pytest.raises(ValueError, match=r"a forget was cut short .*no space left.*open the life again"):
+            use()
+    life.close()
+    with Learner.open(folder) as again:
+        assert "doc 2" not in again.sources()
+    assert verify_life(folder, replay=True).problems == []
+
+
+def test_a_reader_that_keeps_what_is_forgotten_is_told_of(folder: Path) -> None:
+    life = Learner.open(folder)
+    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT COUNT(*) FROM blobs").fetchone()[0] > 6
+        life.journal.ask("PRAGMA busy_timeout=10")
+        life.forget("doc 2")
+        assert any("a reader holds it open: what was forgotten" in note for note in life.notes)
+    life.close()
+    with Learner.open(folder) as again:
+        assert again.notes == []
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes, then its name, then the folder that the name is in."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(handle: int) -> None:
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".tmp")[0]))
+        fsync(handle)
+
+    def record_replace(source: Path, target: Path) -> None:
+        done.append(("replace", target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_file(tmp_path / "name", b"bytes")
+    assert done == [("fsync", ".name"), ("replace", "name"), ("fsync", tmp_path.name)]
+    done.clear()
+    Conversation(tmp_path, "a", Voice(MODEL, MODEL.level_weights()), 0, 0, 0).close()
+    assert done == [("fsync", "conversations"), ("fsync", tmp_path.name)]

@@ -18,7 +18,7 @@ from nestling.learner import (
     reader_of,
     save_levels,
 )
-from nestling.learner.stacked import read_pretrained, save_stacked, stack_hash
+from nestling.learner.stacked import StackTokens, read_pretrained, save_stacked, stack_hash
 from nestling.levels import Reader, StackConfig, level, masked_tokens, seen_classes, spectrum, stack
 from nestling.memory.state import flatten
 from pretrained import DECODERS, transformers
@@ -237,3 +237,9 @@ def test_a_life_of_a_pretrained_model(tmp_path: Path) -> None:
         assert all(torch.equal(x, once[name]) for name, x in flatten(again.state.reading.levels).items())
         assert len(list(again.generate(text[:5], 4, seed=1))) == 4
     assert not list((tmp_path / "life" / "model").glob("*.safetensors"))
+
+
+def test_bytes_that_are_no_text_are_not_replaced() -> None:
+    with pytest.raises(ValueError, match="reads UTF-8, and byte 3 of the text is not"):
+        StackTokens(object(), 300).encode(b"abc\xff")
+    assert StackTokens(None, 256).encode(b"abc\xff").tolist() == [*b"abc\xff"]

@@ -191,15 +191,22 @@ def history(directory: LifeFolder, *, json: bool = False) -> None:
 
 
 @app.command(name="snapshot")
-def snapshot(directory: LifeFolder, name: tyro.conf.Positional[str], *, json: bool = False) -> None:
+def snapshot(
+    directory: LifeFolder, name: tyro.conf.Positional[str], *, remove: bool = False, json: bool = False
+) -> None:
     """Keep the state of a life under a name.
 
     Args:
         directory: a life.
         name: to go back to it by.
+        remove: instead: let go of the snapshot that has the name.
         json: print it as JSON.
     """
     with opened(directory) as life:
+        if remove:
+            life.release_snapshot(name)
+            _say({"released": name}, json, f"snapshot {name!r} is kept no longer")
+            return
         found = life.snapshot(name)
     told = {"name": name, "number": found.number, "event": found.event, "digest": found.digest}
     _say(told, json, f"snapshot {name!r} after event {found.event}")
@@ -256,7 +263,9 @@ def forget(directory: LifeFolder, sources: tyro.conf.Positional[tuple[str, ...]]
         gone = sorted(set(talks) - set(life.talks.names()))
         told = {"event": life.at, "digest": life.digest, "events": len(plan.gone), "tokens": plan.tokens}
     line = f"{directory}: {plan.tokens:,} tokens forgotten, as if they had never been read"
-    _say(told | {"conversations": gone}, json, line + (f"; and conversations {', '.join(gone)}" if gone else ""))
+    line += f"; and conversations {', '.join(gone)}" if gone else ""
+    line += f"; and snapshots {', '.join(plan.snapshots)}" if plan.snapshots else ""
+    _say(told | {"conversations": gone, "snapshots": list(plan.snapshots)}, json, line)
 
 
 @app.command(name="release")

@@ -96,6 +96,8 @@ def chat(
     """
     torch.set_flush_denormal(True)
     stop_token = None
+    if stop == "":
+        raise ValueError("stop must be at least one character, or None, got ''")
     with opened(directory, write=learn) as life, life.conversation(conversation) as talk:
         if stop is not None:
             (stop_token,) = life.tokens.encode(stop.encode()).tolist()[-1:]

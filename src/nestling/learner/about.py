@@ -1,5 +1,6 @@
 """life.json: what a life is, written once at its birth; its format, and how older formats become this one."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -74,8 +75,27 @@ def read_about(folder: Path, *, write: bool) -> About:
         data = MIGRATIONS[found](folder, data)
         found += 1
         write_file(folder / FILE, json.dumps({**data, "format": found}, indent=2).encode())
+    missing = [name for name in ("model", "config", "machine") if name not in data]
+    if missing:
+        raise ValueError(f"{folder / FILE}: damaged: {', '.join(missing)} is missing")
     config = from_data(LifeConfig, data["config"], path=f"{folder / FILE}: config")
     return About(data["model"], config, data["machine"])
+
+
+def about_seal(folder: Path) -> list[Any]:
+    """The format of a life's facts and their hash, for the journal: `life.json` alone could not say that it was
+    changed."""
+    data, found = check_format(folder)
+    return [found, hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()]
+
+
+def broken_seal(folder: Path, seal: list[Any] | None) -> str | None:
+    """What is wrong, where a life's facts are not those that the journal knows; lives that are older than the seal, or
+    were brought to a newer format since, have none to compare with."""
+    now = about_seal(folder)
+    if seal is None or seal[0] < now[0] or seal == now:
+        return None
+    return f"{folder / FILE}: damaged: not the facts that the life was begun with"
 
 
 def check_format(folder: Path) -> tuple[dict[str, Any], int]:

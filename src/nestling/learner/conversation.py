@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestling.memory.state import flatten, unflatten
 
-from .files import Contents, newest, numbered, read_generation, remove_folders, write_generation
+from .files import Contents, newest, numbered, read_generation, remove_folders, sync_folder, write_generation
 from .lock import take
 from .pins import FOLDER
 from .voice import Voice, draws
@@ -40,10 +40,14 @@ class Conversation:
         self.snapshot, self.event = snapshot, event
         self.turns: list[Turn] = []
         self.learned = 0  # turns that the life has learned from
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         self._lock: int | None = take(self.folder / ".lock", f"conversation {name}")
-        if newest(self.folder) is not None:
-            self._restore()
+        try:
+            if newest(self.folder) is not None:
+                self._restore()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Conversation":
         return self
@@ -96,6 +100,12 @@ class Conversation:
         existing = numbered(self.folder)
         write_generation(self.folder, int(existing[-1].name) + 1 if existing else 0, contents)
 
+    def _make_folder(self) -> None:
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            for parent in (self.folder.parent, self.folder.parent.parent):  # the first conversation makes both
+                sync_folder(parent)
+
     def _restore(self) -> None:
         tensors, about = read_newest(self.folder)
         self.voice.state = unflatten(self.voice.state, tensors, "state.")
@@ -139,6 +149,8 @@ def remove_conversation(life: Path, name: str) -> None:
 
 
 def spoken(turns: list[Turn], *, own_words: bool) -> Tensor:
-    """The tokens of turns, one after the other; what the model said only with `own_words`."""
-    chosen = [turn.tokens for turn in turns if own_words or turn.who != "model"]
+    """The tokens of what was said in turns, one after the other: by the user, and with `own_words` by the model.
+    Documents were only to be read."""
+    speakers = ("user", "model") if own_words else ("user",)
+    chosen = [turn.tokens for turn in turns if turn.who in speakers]
     return torch.tensor([token for tokens in chosen for token in tokens], dtype=torch.int64)

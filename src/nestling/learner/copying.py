@@ -66,8 +66,13 @@ def copy_life(life: Path, journal: Journal, folder: Path, event: int) -> None:
         shutil.copy2(life / "life.json", new / "life.json")
         journal.copy(new)
         for snapshot in list_snapshots(life / "snapshots"):
-            with contextlib.suppress(FileNotFoundError):  # the life's writer may let go of one meanwhile
-                shutil.copytree(snapshot.folder, new / "snapshots" / snapshot.folder.name)
+            copied = new / "snapshots" / snapshot.folder.name
+            try:
+                shutil.copytree(snapshot.folder, copied)
+            except (FileNotFoundError, shutil.Error):
+                if snapshot.folder.exists():
+                    raise
+                shutil.rmtree(copied, ignore_errors=True)  # the life's writer let go of it meanwhile
         other = Journal(new)
         try:
             with other.transaction(acknowledged=True):

@@ -76,11 +76,16 @@ def remove_folders(folders: list[Path]) -> None:
 
 def clear_leftovers(root: Path) -> None:
     """Remove what killed processes left half-written or half-removed in a folder. For its one writer only."""
-    for leftover in [*root.glob(".*.old"), *root.glob(".*.tmp*")]:
+    for leftover in leftovers(root):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What killed processes left half-written or half-removed in a folder, or what its writer has at hand."""
+    return sorted([*root.glob(".*.old"), *root.glob(".*.tmp*")])
 
 
 class Generation(NamedTuple):

@@ -1,21 +1,24 @@
 """Forgetting: a source, and all that derives from it, is taken out of the tree of events."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .event import BIRTH
+from .event import BIRTH, Event, event_key
 from .journal import Journal
 
 
 class Plan(NamedTuple):
     """What forgetting takes out. gone: the events; tainted: every event whose path they are on; base: the
-    last event of the head's path that knows nothing of it; head: where the head will be."""
+    last event of the head's path that knows nothing of it; head: where the head will be; snapshots: the names of those
+    that knew of it, once they are removed."""
 
     gone: set[int]
     tainted: set[int]
     base: int
     head: int
     tokens: int
+    snapshots: tuple[str, ...] = ()
 
 
 def plan_forgetting(journal: Journal, sources: Collection[str]) -> Plan:
@@ -41,7 +44,7 @@ def plan_forgetting(journal: Journal, sources: Collection[str]) -> Plan:
 
 def take_out(journal: Journal, plan: Plan) -> None:
     """Within one transaction: the events and their texts go, what came after them is hung before them, with the
-    chain hashes of lives that never had them. That it happened stays in the history, not what it was."""
+    keys and chain hashes of lives that never had them. That it happened stays in the history, not what it was."""
     events = journal.all_events()
     by_id = {event.id: event for event in events}
 
@@ -58,18 +61,33 @@ def take_out(journal: Journal, plan: Plan) -> None:
                     db.execute("UPDATE blobs SET refs = refs - 1 WHERE hash = ?", (event.blob,))
         db.execute("DELETE FROM blobs WHERE refs <= 0")
         chains = {BIRTH: journal.facts()["birth"]}
-        for event in events:
-            if event.id in plan.gone:
-                continue
-            parent = kept(event.parent)
-            chains[event.id] = event.link(chains[parent])
+        remaining = [event._replace(parent=kept(event.parent)) for event in events if event.id not in plan.gone]
+        for event in _counted_again(remaining, {event.source for event in events if event.id in plan.gone}):
+            chains[event.id] = event.link(chains[event.parent])
             if event.id in plan.tainted:
-                row = (parent, chains[event.id], event.id)
-                db.execute("UPDATE events SET parent = ?, chain = ? WHERE id = ?", row)
+                row = (event.parent, event.key, chains[event.id], event.id)
+                db.execute("UPDATE events SET parent = ?, key = ?, chain = ? WHERE id = ?", row)
         journal.set_fact("head", [plan.head, chains[plan.head]])
         journal.set_fact("scrub", 1)  # its traces are still in the journal's pages
         journal.set_fact("void", 1)  # and in snapshots
         journal.note("forget", journal.last(), events=len(plan.gone), tokens=plan.tokens)
+
+
+def _counted_again(events: Sequence[Event], sources: set[str]) -> list[Event]:
+    """The events (parents first), those of `sources` with the keys of their places among what is left of their
+    source."""
+    left = sources & {event.source for event in events}  # few: where some of a source derived from what is forgotten
+    read: dict[int, Counter[str]] = {BIRTH: Counter()}
+    found = []
+    for event in events:
+        before = read[event.parent]
+        read[event.id] = before
+        if event.source in left:
+            key = event_key(event.source, before[event.source], event.kind, event.blob, event.ends)
+            event = event._replace(key=key)
+            read[event.id] = before + Counter([event.source])
+        found.append(event)
+    return found
 
 
 def scrub(journal: Journal) -> None:

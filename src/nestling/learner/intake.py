@@ -1,6 +1,7 @@
 """What is given to a life to learn, as entries of its journal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,28 +10,42 @@ from .event import Event
 from .journal import Entry
 from .kinds import Tokens
 
-Given = str | bytes | Tensor
+Given = str | bytes | bytearray | memoryview | Tensor
 """Text, bytes or tokens [n]."""
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def pieces_of(given: Given | Iterable[Given]) -> Iterable[Given]:
-    """One piece, or the pieces of a document as they come."""
-    return (given,) if isinstance(given, (str, bytes, Tensor)) else given
+def pieces_of(given: object) -> Iterable[Any]:
+    """One piece, or the pieces of a document as they come. Raises ValueError for what is neither."""
+    if isinstance(given, Given):
+        return (given,)
+    if isinstance(given, Iterable) and not isinstance(given, (Mapping, Set)):
+        return given
+    raise ValueError(_not_text(given))
 
 
-def as_tokens(given: Given, tokens: Tokens) -> Tensor:
-    """Any input as tokens. Raises ValueError for tokens that the model does not have."""
+def as_tokens(given: object, tokens: Tokens) -> Tensor:
+    """Any input as tokens. Raises ValueError for what is no text, and for tokens that the model does not have."""
+    if isinstance(given, str):
+        return tokens.encode(given.encode())
+    if isinstance(given, (bytes, bytearray)) or (isinstance(given, memoryview) and given.itemsize == 1):
+        return tokens.encode(bytes(given))
     if not isinstance(given, Tensor):
-        return tokens.encode(given.encode() if isinstance(given, str) else given)
-    if given.dim() != 1 or given.is_floating_point():
+        raise ValueError(_not_text(given))
+    if given.dim() != 1 or given.dtype not in WHOLE:
         raise ValueError(f"tokens must be whole numbers [n], got {given.dtype} {list(given.shape)}")
     if given.numel() and (int(given.min()) < 0 or int(given.max()) >= tokens.size):
         raise ValueError(f"tokens must be in [0, {tokens.size}), got {int(given.min())} to {int(given.max())}")
     return given.long()
 
 
+def _not_text(given: object) -> str:
+    what = f"a memoryview of items {given.format!r}" if isinstance(given, memoryview) else f"a {type(given).__name__}"
+    return f"what is read is str, bytes, a tensor of tokens [n], or an iterator of these; got {what}"
+
+
 def entries_of(
-    given: Given, source: str, tokens: Tokens, *, ends: bool, derived: int | None, event_bytes: int
+    given: object, source: str, tokens: Tokens, *, ends: bool, derived: int | None, event_bytes: int
 ) -> list[Entry]:
     """The entries of one piece of a document, each of at most `event_bytes`. Text of a byte model is kept as it is,
     and everything else as its tokens. Raises ValueError for what is empty or has no name."""

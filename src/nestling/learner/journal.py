@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ CREATE TABLE blobs (hash TEXT PRIMARY KEY, content BLOB NOT NULL, refs INTEGER N
 CREATE TABLE history (
   id INTEGER PRIMARY KEY AUTOINCREMENT, after INTEGER NOT NULL, action TEXT NOT NULL, detail TEXT NOT NULL);
 """
+FORMAT = 1  # PRAGMA user_version; journals before it was set say 0, and are the same
 COLUMNS = "id, parent, kind, key, chain, source, blob, encoding, tokens, ends, derived, done, pruned"
 PATH = """WITH RECURSIVE path(id) AS (
   SELECT ? WHERE ? <> ? UNION ALL
@@ -59,6 +60,10 @@ class Journal:
         with _clear(self.path):
             self.db = _connect(self.path, write)
             self.facts()  # a file that is no database says so here
+            found = int(self.ask("PRAGMA user_version")[0][0])
+        if found > FORMAT:
+            self.db.close()
+            raise ValueError(f"{self.path}: format {found}; this version reads up to {FORMAT}: use a newer one")
 
     @classmethod
     def create(cls, folder: Path, chain: str) -> "Journal":
@@ -68,6 +73,7 @@ class Journal:
             db = sqlite3.connect(path, isolation_level=None)
             db.execute("PRAGMA journal_mode=WAL")
             db.executescript(SCHEMA)
+            db.execute(f"PRAGMA user_version={FORMAT}")
             facts = {"head": [BIRTH, chain], "birth": chain, "steps": 0, "scrub": 0, "void": 0}
             db.executemany("INSERT INTO facts VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()])
             db.close()
@@ -75,16 +81,21 @@ class Journal:
         return cls(folder)
 
     def close(self) -> None:
-        if self._pending:
-            with self.transaction():
-                pass
-        self.db.close()
-        self.witness.close()
+        try:
+            if self._pending:
+                with self.transaction():
+                    pass
+        finally:
+            self.db.close()
+            self.witness.close()
 
     @contextlib.contextmanager
-    def transaction(self, *, acknowledged: bool = False) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, *, acknowledged: bool = False, written: Callable[[], None] = lambda: None
+    ) -> Iterator[sqlite3.Connection]:
         """All of it or nothing, on the disk at the end; what events have done is written along. acknowledged: the
-        step may never be lost: it is counted, and the witness is told."""
+        step may never be lost: it is counted, and the witness is told. written: called once it is on the disk, even
+        where the witness cannot be told."""
         with _clear(self.path):
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -101,9 +112,13 @@ class Journal:
                     self.db.execute("ROLLBACK")
                 raise
         self._pending.clear()
+        written()
         if acknowledged:
             facts = self.facts()
-            self.witness.write(facts["steps"], facts["head"][1])
+            try:
+                self.witness.write(facts["steps"], facts["head"][1])
+            except OSError as error:
+                raise OSError(f"{self.witness.path}: {error}; the step itself is in the journal") from error
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _clear(self.path):
@@ -179,7 +194,12 @@ class Journal:
         they are acknowledged."""
         parent, chain = self.head
         counted, events = Counter(ordinals), []
-        with self.transaction(acknowledged=True) as db:
+
+        def count_on() -> None:
+            ordinals.clear()
+            ordinals.update(counted)
+
+        with self.transaction(acknowledged=True, written=count_on) as db:
             for entry in entries:
                 blob = hashlib.sha256(entry.content).hexdigest() if entry.content else ""
                 if blob:
@@ -200,8 +220,6 @@ class Journal:
                 parent = int(inserted.lastrowid or 0)
                 events.append(event._replace(id=parent, chain=chain))
             self.set_fact("head", [parent, chain])
-        ordinals.clear()
-        ordinals.update(counted)
         return events
 
     def record(self, event: int, statistics: dict[str, Any], done: int) -> None:

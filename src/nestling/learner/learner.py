@@ -12,6 +12,7 @@ What is acknowledged is in the journal before it is learned from. The state is a
 newest good snapshot and the events after it give it back.
 """
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -26,7 +27,7 @@ from nestling.sleep import SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
-from .about import LifeConfig, check_format, read_about
+from .about import LifeConfig, about_seal, broken_seal, check_format, read_about
 from .conversation import Conversation, check_name, remove_conversation, spoken
 from .copying import begin_life, copy_life
 from .event import BIRTH, Event
@@ -38,7 +39,7 @@ from .kinds import read_model
 from .lock import take
 from .recovery import check_witness, clean, newest_state, way_back
 from .sleeping import SOURCE, default_night, fall_asleep, growing, night_key, score
-from .snapshot import Snapshot, list_snapshots, write_snapshot
+from .snapshot import Snapshot, list_snapshots, release_name, write_snapshot
 from .talks import Talks
 from .telling import Learned
 from .verify import Verified, verify_life
@@ -53,7 +54,6 @@ class Learner:
     know of how it was opened.
     """
 
-    state: LifeState
     at: int
     stands_on: Snapshot
     notes: list[str]
@@ -64,6 +64,7 @@ class Learner:
         self.folder, self.write = folder, write
         self._lock: int | None = None
         self._journal: Journal | None = None
+        self._broken = ""  # why it cannot be used any more
         check_format(folder)
         if write:
             self._lock = take(folder / "lock", str(folder))
@@ -84,16 +85,23 @@ class Learner:
 
     def _wake(self, tell: Tell | None) -> None:
         event, _ = self.journal.head
+        seal = self.journal.facts().get("about")
+        broken = broken_seal(self.folder, seal)
         if self.write:
             check_witness(self.journal)
             scrub(self.journal)
+            if broken is None and seal != (now := about_seal(self.folder)):
+                with self.journal.transaction():
+                    self.journal.set_fact("about", now)
         self._ordinals: Counter[str] = self.journal.ordinals()
         self._go_to(event)
+        self.notes += [broken] if broken else []
         if self.write:
             base, again = self.at, len(self.catch_up(tell))
             if again:
                 self.notes.append(f"{again} events after event {base} were learned again")
             self._clean()
+            self._tell_of_traces()
 
     @classmethod
     def create(
@@ -131,18 +139,41 @@ class Learner:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+        finally:
             self._journal = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     @property
     def journal(self) -> Journal:
         if self._journal is None:
-            raise ValueError(f"{self.folder}: this life was closed")
+            raise ValueError(self._broken or f"{self.folder}: this life was closed")
         return self._journal
+
+    @property
+    def state(self) -> LifeState:
+        if self._broken:
+            raise ValueError(self._broken)
+        return self._state
+
+    @state.setter
+    def state(self, state: LifeState) -> None:
+        self._state = state
+
+    @contextlib.contextmanager
+    def _all_the_way(self, step: str) -> Iterator[None]:
+        """Where a step back is cut short, what this object holds may be what was left behind: it is of no use then."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = f"{self.folder}: {step} was cut short ({error!r}); open the life again"
+            with contextlib.suppress(OSError, ValueError):
+                self._let_go()
+            raise
 
     @property
     def digest(self) -> str:
@@ -345,6 +376,18 @@ class Learner:
         self._clean()
         return written
 
+    def release_snapshot(self, name: str) -> None:
+        """Let go of a snapshot's name: it is kept no longer than one that never had any. Raises ValueError where there
+        is none of that name."""
+        self._writing()
+        known(name, self._names(), "snapshot")
+        with self.journal.transaction():
+            self.journal.note("release snapshot", self.journal.last(), name=name)
+        for snapshot in list_snapshots(self.folder / "snapshots"):
+            if snapshot.name == name:
+                release_name(snapshot)
+        self._clean()
+
     def resolve(self, to: str | int) -> int:
         """The event that a snapshot's name, "birth", or an event's number stands for."""
         if to == "birth":
@@ -361,16 +404,18 @@ class Learner:
         self._writing()
         target, was = self.resolve(to), self.at
         way_back(self.folder, self.journal, self._like, target)
-        with self.journal.transaction(acknowledged=True):
-            self.journal.set_fact("head", [target, self.journal.chain_of(target)])
-            self.journal.note("rollback", self.journal.last(), event=target, was=was)
-        self._return(tell)
+        with self._all_the_way("a rollback"):
+            with self.journal.transaction(acknowledged=True):
+                self.journal.set_fact("head", [target, self.journal.chain_of(target)])
+                self.journal.note("rollback", self.journal.last(), event=target, was=was)
+            self._return(tell)
 
     def forget(self, *sources: str, tell: Tell | None = None) -> Plan:
         """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
         learned again from the newest snapshot before them. Raises ValueError, and forgets nothing, where the journal
         was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation. Returns
-        what was taken out."""
+        what was taken out, with the names of the snapshots that went with it. `notes` say where a reader keeps traces
+        of it in the journal's files."""
         self._writing()
         talk_of = {f"conversation {name}": name for name in self.talks.names()}
         read = [source for source in sources if source not in talk_of or self.journal.has_source(source)]
@@ -379,9 +424,13 @@ class Learner:
         for source in talk_of.keys() & set(sources):
             remove_conversation(self.folder, talk_of[source])
         if read:
-            take_out(self.journal, plan)
-            scrub(self.journal)
-            self._return(tell)
+            before = set(self._names())
+            with self._all_the_way("a forget"):
+                take_out(self.journal, plan)
+                scrub(self.journal)
+                self._return(tell)
+            self._tell_of_traces()
+            plan = plan._replace(snapshots=tuple(sorted(before - set(self._names()))))
         return plan
 
     def fork(self, folder: Path | str, at: str | int | None = None, tell: Tell | None = None) -> "Learner":
@@ -393,6 +442,13 @@ class Learner:
                 self.journal.note("fork", self.journal.last(), event=target)
         copy_life(self.folder, self.journal, Path(folder), target)
         return Learner(Path(folder), write=True, tell=tell)
+
+    def _tell_of_traces(self) -> None:
+        if self.journal.facts()["scrub"]:
+            self.notes.append(
+                f"{self.journal.path}: a reader holds it open: what was forgotten is still to be found in its files, "
+                "until the life is opened for writing without that reader"
+            )
 
     def _names(self) -> dict[str, int]:
         return {s.name: s.event for s in list_snapshots(self.folder / "snapshots") if s.name is not None}

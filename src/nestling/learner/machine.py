@@ -1,4 +1,4 @@
-"""What the same bits depend on beside the numbers that went in: the build of torch, the processor, the threads."""
+"""What the same bits depend on beside the numbers that went in: nestling, torch, the processor, the threads."""
 
 import contextlib
 import platform
@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from nestling import __version__
+
 
 def machine() -> dict[str, Any]:
     """What a bit-for-bit continuation depends on."""
     return {
+        "nestling": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import newest, remove_folders
+from .files import check_sums, clear_leftovers, newest, numbered, remove_folders
 from .lock import turn
 
 FOLDER = "conversations"
@@ -26,22 +26,42 @@ def pinning(life: Path) -> Iterator[None]:
 def pinned_snapshots(life: Path) -> Iterator[set[int]]:
     """The numbers of the snapshots that conversations stand on, held still inside."""
     with pinning(life):
-        yield set(_pins(life).values())
+        yield {pin for pin in map(_pin, _begun(life)) if pin is not None}
 
 
-def remove_conversations_of(life: Path, snapshots: set[int]) -> None:
-    """Remove every conversation that stands on one of the snapshots."""
+def keep_conversations_of(life: Path, snapshots: set[int]) -> None:
+    """Remove every conversation but those that are known to stand on one of the snapshots: of one that cannot be read,
+    or that is not as it was written, nobody can say what it knew."""
     if not (life / FOLDER).is_dir():
         return
     with pinning(life):
-        remove_folders([folder for folder, number in _pins(life).items() if number in snapshots])
+        remove_folders([folder for folder in _begun(life) if not _sound(folder) or _pin(folder) not in snapshots])
 
 
-def _pins(life: Path) -> dict[Path, int]:
-    found = {}
-    for folder in sorted((life / FOLDER).iterdir()):
-        generation = newest(folder) if folder.is_dir() and not folder.name.startswith(".") else None
-        if generation is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one holds nothing
-                found[folder] = int(json.loads((generation / "conversation.json").read_text())["snapshot"])
-    return found
+def clear_conversations(life: Path) -> None:
+    """Remove what is left of conversations whose removal was cut short. For the life's writer."""
+    if (life / FOLDER).is_dir():
+        with pinning(life):
+            clear_leftovers(life / FOLDER)
+
+
+def _begun(life: Path) -> list[Path]:
+    folders = sorted(folder for folder in (life / FOLDER).glob("[!.]*") if folder.is_dir())
+    return [folder for folder in folders if newest(folder) is not None]
+
+
+def _pin(folder: Path) -> int | None:
+    """The snapshot that a conversation stands on, as its newest readable generation says; None where none does."""
+    for generation in reversed(numbered(folder)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((generation / "conversation.json").read_text())["snapshot"])
+    return None
+
+
+def _sound(folder: Path) -> bool:
+    try:
+        for generation in numbered(folder):
+            check_sums(generation)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -9,11 +9,11 @@ from nestling.levels import ReadingState
 
 from .about import LifeConfig
 from .event import BIRTH
-from .files import clear_leftovers, remove_folders
+from .files import clear_leftovers, numbered, remove_folders
 from .fold import LifeState
 from .journal import Journal
 from .machine import machine_differences
-from .pins import pinned_snapshots, remove_conversations_of
+from .pins import clear_conversations, keep_conversations_of, pinned_snapshots
 from .snapshot import Snapshot, list_snapshots, read_snapshot, superfluous
 
 
@@ -91,10 +91,12 @@ def clean(folder: Path, journal: Journal, config: LifeConfig, damaged: set[int])
     root = folder / "snapshots"
     clear_leftovers(root)
     clear_leftovers(folder)
+    clear_conversations(folder)
     if journal.facts()["void"]:
-        gone = [s for s in list_snapshots(root) if void(journal, s)]
-        remove_conversations_of(folder, {s.number for s in gone})
-        remove_folders([s.folder for s in gone])
+        # What does not say what it is may have learned what was forgotten: it goes too.
+        good = [s for s in list_snapshots(root) if not void(journal, s)]
+        keep_conversations_of(folder, {s.number for s in good})
+        remove_folders([each for each in numbered(root) if each not in {s.folder for s in good}])
         with journal.transaction():
             journal.set_fact("void", 0)
     on_the_way = {BIRTH, *journal.path_ids(journal.head[0])}

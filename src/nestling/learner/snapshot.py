@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from nestling.levels import ReadingState
 
-from .files import Contents, numbered, read_generation, write_generation
+from .files import Contents, numbered, read_generation, write_file, write_generation
 from .fold import LifeState, digest
 from .folder import pack, unpack
 from .guards import GuardState
 from .machine import machine
 
 FORMAT = 1
+RELEASED = "released"  # an empty file in the folder of a snapshot that had a name
 
 
 class Snapshot(NamedTuple):
@@ -79,11 +80,17 @@ def list_snapshots(root: Path) -> list[Snapshot]:
     for folder in numbered(root):
         try:
             about = json.loads((folder / "snapshot.json").read_text())
-            facts = (about["name"], about["event"], about["chain"], about["position"], about["digest"])
+            name = None if (folder / RELEASED).exists() else about["name"]
+            facts = (name, about["event"], about["chain"], about["position"], about["digest"])
             found.append(Snapshot(folder, int(folder.name), *facts, about["machine"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def release_name(snapshot: Snapshot) -> None:
+    """Take a snapshot's name from it; what was written of it stays as it is, checksums included."""
+    write_file(snapshot.folder / RELEASED, b"")
 
 
 def superfluous(snapshots: Iterable[Snapshot], live: set[int], pinned: set[int], keep: int) -> list[Snapshot]:

@@ -32,10 +32,15 @@ class StackTokens(NamedTuple):
     size: int
 
     def encode(self, text: bytes) -> Tensor:
-        """Tokens of a text, int64 [n], without special ones."""
+        """Tokens of a text, int64 [n], without special ones. Raises ValueError where a tokenizer is given bytes that
+        are not UTF-8."""
         if self.tokenizer is None or not text:
             return torch.tensor(list(text), dtype=torch.int64)
-        ids = self.tokenizer(text.decode(errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            words = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"this model's tokenizer reads UTF-8, and byte {error.start} of the text is not") from None
+        ids = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, tokens: Tensor) -> bytes:

@@ -7,6 +7,7 @@ from nestling.levels import LevelledModel, ReadingState
 from nestling.memory.structure import Weights
 
 from .conversation import Conversation, conversations, read_newest
+from .files import CHECKSUMS
 from .pins import FOLDER, pinning
 from .snapshot import Snapshot, read_snapshot
 from .voice import Voice
@@ -17,7 +18,7 @@ class Talks:
 
     def __init__(self, life: Path, model: LevelledModel, seed: int, like: ReadingState) -> None:
         self.life, self.model, self.seed, self._like = life, model, seed, like
-        self._at_hand: tuple[int, tuple[Weights, ...]] | None = None
+        self._at_hand: tuple[bytes, tuple[Weights, ...]] | None = None
 
     def names(self) -> list[str]:
         return conversations(self.life)
@@ -32,11 +33,17 @@ class Talks:
         with pinning(self.life):
             snapshot = ground()
             begun = self._on(name, snapshot.number, snapshot.event)
-            begun.save()
+            try:
+                begun.save()
+            except BaseException:
+                begun.close()
+                raise
         return begun
 
     def _on(self, name: str, number: int, event: int) -> Conversation:
-        if self._at_hand is None or self._at_hand[0] != number:
-            state = read_snapshot(self.life / "snapshots" / f"{number:012d}", self._like)
-            self._at_hand = (number, state.reading.levels.weights)
+        folder = self.life / "snapshots" / f"{number:012d}"
+        sums = (folder / CHECKSUMS).read_bytes() if (folder / CHECKSUMS).exists() else b""
+        # Not by its number: after a forget another state may have it.
+        if self._at_hand is None or not sums or self._at_hand[0] != sums:
+            self._at_hand = (sums, read_snapshot(folder, self._like).reading.levels.weights)
         return Conversation(self.life, name, Voice(self.model, self._at_hand[1]), self.seed, number, event)

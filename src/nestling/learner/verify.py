@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from nestling.levels import LevelledModel, Reader
 
-from .about import read_about
+from .about import broken_seal, read_about
 from .event import BIRTH, event_key
-from .files import check_sums, numbered
+from .files import check_sums, leftovers, numbered
 from .fold import Fold, Tell, digest
 from .intake import read_back
 from .journal import Journal
@@ -43,9 +43,12 @@ def verify_life(folder: Path, *, replay: bool = False, tell: Tell | None = None)
         report = Verified([], {}, [])
         if found != about.model:
             report.problems.append(f"{folder}: a life of model {about.model}, but model/ is {found}")
+        if broken := broken_seal(folder, journal.facts().get("about")):
+            report.problems.append(broken)
         _check_journal(journal, report)
         good = _check_snapshots(folder, journal, model, report)
         _check_conversations(folder, report)
+        _look_for_leftovers(folder, report)
         if replay and not report.problems:
             _check_replay(journal, good, Fold(model, about.config.guards), tokens, report, tell)
         return report
@@ -113,6 +116,16 @@ def _check_conversations(folder: Path, report: Verified) -> None:
             except ValueError as error:
                 report.problems.append(str(error))
     report.checked["conversation turns"] = checked
+
+
+def _look_for_leftovers(folder: Path, report: Verified) -> None:
+    """They are hidden, and never read; but there may be text in them that was forgotten."""
+    for root in (folder, folder / "snapshots", folder / FOLDER):
+        report.notes.extend(
+            f"{left}: half-written or half-removed, by a writer at work or by a process that was killed; "
+            "the next opening for writing removes it"
+            for left in leftovers(root)
+        )
 
 
 def _check_replay(

@@ -1,6 +1,7 @@
 """A sleep is one event of a life."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from nestling.cli import main
 from nestling.learner import Learner
+from nestling.learner.sleeping import Night
 from nestling.levels import Growing, level
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
@@ -125,3 +127,25 @@ def test_dreaming_is_replayed_where_it_was_begun(tmp_path: Path) -> None:
         end = bits(life)
     with Learner.open(tmp_path / "life") as life:
         assert same(bits(life), end)
+
+
+def test_a_pair_that_explodes_does_so_again_in_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeding = sys.modules["nestling.sleep.seed"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(seeding, "EXPLODED", 1.0)  # a step that is worse than the first
+    monkeypatch.setattr(seeding, "SLACK", 0.0)
+    wild = replace(QUICK, rehearsal=0.0, seeding=replace(SeedConfig(), steps=9, learning_rate=0.3))
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT, "fox")
+        (pair,) = life.sleep(wild).pairs
+        assert pair.outcome == "exploded"
+        assert pair.steps > 0
+        end = bits(life)
+    with Learner.open(tmp_path / "life") as life:
+        assert same(bits(life), end)
+
+
+def test_nights_journaled_by_steps_alone_are_still_read() -> None:
+    night = Night(QUICK, "key", (3, None, -1))
+    assert Night.read(night.write()) == night
+    old = json.dumps(json.loads(night.write()) | {"steps": [3, 0, -1]}).encode()
+    assert Night.read(old).steps == (3, 0, -1)

@@ -26,11 +26,12 @@ PROBED = 2048
 
 
 class Night(NamedTuple):
-    """What a sleep was: its configuration, what its draws are keyed by, and the seeding steps done for each pair."""
+    """What a sleep was: its configuration, what its draws are keyed by, and the seeding steps of each pair that a clock
+    cut short (None: it ended by itself, and does so again; older nights have the steps of every pair)."""
 
     config: SleepConfig
     key: str
-    steps: tuple[int, ...]
+    steps: tuple[int | None, ...]
 
     def write(self) -> bytes:
         data = {"config": to_data(self.config), "key": self.key, "steps": list(self.steps)}

@@ -85,7 +85,7 @@ def sleep(
     key: object = 0,
     *,
     only: Sequence[Pair] | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int | None] | None = None,
     reservoir: Reservoir | None = None,
     probes: Mapping[str, Probe] | None = None,
     clock: Callable[[], float] | None = None,
@@ -104,7 +104,8 @@ def sleep(
     A `ReadingState` first learns what it holds open (`Reader.settle`); its sequence state stays. key: what all draws
     are keyed by, such as (a life's seed, an event's key); the same state, config and key give the same bits. only: some
     of the pairs. steps: of each pair, as a report of the same sleep says (`SleepReport.steps`), to repeat one that a
-    bound in `seconds` had cut short; no clock is read unless `clock` is given.
+    bound in `seconds` had cut short: None where a pair is to end by itself, which it does as it did. No clock is read
+    unless `clock` is given.
 
     Language Models Need Sleep, sections 3.1 to 3.3.
     """
@@ -119,7 +120,7 @@ def sleep(
     reports: list[PairReport] = []
     moved: set[int] = set()
     for index, pair in enumerate(chosen):
-        limit = config.seeding.steps if steps is None else steps[index]
+        limit = None if steps is None else steps[index]
         current, report = night.consolidate(pair, current, learned, before, context, limit)
         reports.append(report)
         if report.kept:
@@ -209,9 +210,10 @@ class _Night(NamedTuple):
         learned: LevelsState,
         before: LevelsState,
         context: States | None,
-        limit: int,
+        limit: int | None,
     ) -> tuple[LevelsState, PairReport]:
-        """The levels after one pair, and its report. Without effect they are `current` itself."""
+        """The levels after one pair, and its report. Without effect they are `current` itself. limit: of its steps,
+        where a clock has set one before."""
         model, config, began = self.model, self.config, self.bound.now
         fast, hosts = levels_of(model, pair.fast), levels_of(model, pair.slow)
         if limit == NOT_BEGUN or self.bound.passed():
@@ -239,6 +241,7 @@ class _Night(NamedTuple):
             views = views._replace(student=weights)
         started = distance(model, views, held)
         done = self._seed(pair, views, place, dreams, limit, rehearsal)
+        cut = limit is not None or done.outcome == "stopped"
         after = distance(model, views._replace(student=done.weights), held)
         if done.outcome in FINISHED and started < after:  # what a warm start knew, and seeding has lost
             done, after = done._replace(weights=views.student), started
@@ -261,6 +264,7 @@ class _Night(NamedTuple):
             done.divergences,
             done.rewards,
             self.bound.now - began,
+            done.steps if cut else None,
         )
         return (student._replace(weights=done.weights) if outcome == KEPT else current), report
 
@@ -333,14 +337,22 @@ class _Night(NamedTuple):
         return Rehearsal(student.weights, tuple(texts))
 
     def _seed(
-        self, pair: Pair, views: Views, place: Place, dreams: list[Dreams], limit: int, rehearsal: Rehearsal | None
+        self,
+        pair: Pair,
+        views: Views,
+        place: Place,
+        dreams: list[Dreams],
+        limit: int | None,
+        rehearsal: Rehearsal | None,
     ) -> Seeded:
+        steps = self.config.seeding.steps if limit is None else limit
+
         def stop(step: int) -> bool:
             if self.tell is not None:
-                self.tell(pair, step, limit)
+                self.tell(pair, step, steps)
             return self.bound.passed()
 
-        config = replace(self.config.seeding, steps=limit)
+        config = replace(self.config.seeding, steps=steps)
         generator = draws(self.key, pair, "seeding")
         return seed(self.model, views, place, dreams, config, generator, stop, rehearsal)
 
@@ -356,4 +368,5 @@ class _Night(NamedTuple):
 
 def _nothing(pair: Pair, why: str, steps: int) -> PairReport:
     unknown = (math.nan, math.nan, math.nan, math.nan)
-    return PairReport(pair.fast, pair.slow, None, why, "", {}, *unknown, steps, 0, [], [], math.nan)
+    cut = NOT_BEGUN if steps == NOT_BEGUN else None
+    return PairReport(pair.fast, pair.slow, None, why, "", {}, *unknown, steps, 0, [], [], math.nan, cut)

@@ -14,7 +14,8 @@ class PairReport(NamedTuple):
 
     outcome: "kept", or why the pair was left without effect. students: before seeding, for every kind of student.
     before: of the student of this sleep; started: after the warm start; after: of what stays; without: the same, with
-    the new slot masked. seconds: nan where no clock was given.
+    the new slot masked. seconds: nan where no clock was given. cut: the steps that a clock left it (-1: not even the
+    first dreams); None where the pair ended by itself.
     """
 
     fast: float
@@ -32,6 +33,7 @@ class PairReport(NamedTuple):
     divergences: list[float]
     rewards: list[float]
     seconds: float
+    cut: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -65,9 +67,10 @@ class SleepReport(NamedTuple):
     dreamt: DreamReport | None = None
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """Seeding steps of each pair: given to `sleep` again, they make the same sleep without a clock."""
-        return tuple(pair.steps for pair in self.pairs)
+    def steps(self) -> tuple[int | None, ...]:
+        """Of each pair, what only a clock could know: given to `sleep` again, they make the same sleep without one. A
+        pair that ended by itself, such as by an explosion, meets its end again (None)."""
+        return tuple(pair.cut for pair in self.pairs)
 
     def __str__(self) -> str:
         lines = [

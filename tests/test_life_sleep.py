@@ -150,3 +150,15 @@ def test_nights_journaled_by_steps_alone_are_still_read() -> None:
     assert Night.read(night.write()) == night
     old = json.dumps(json.loads(night.write()) | {"steps": [3, 0, -1]}).encode()
     assert Night.read(old).steps == (3, 0, -1)
+
+
+def test_what_is_open_is_learned_under_the_guards(tmp_path: Path) -> None:
+    """As much of a document as had arrived: what the guards counted of it is part of the life, and of its replay."""
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT[:80], "fox", ends=False)
+        before = life.state.guard.record("fox").segments
+        assert life.state.reading.segment.numel() >= 8
+        life.sleep(QUICK)
+        assert life.state.guard.record("fox").segments == before + 1
+        life.snapshot()
+        assert life.verify(replay=True).problems == []

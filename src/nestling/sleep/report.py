@@ -44,6 +44,17 @@ class PairReport(NamedTuple):
         """The share of the divergence that seeding took away."""
         return 1 - self.after / self.before if self.before > 0 else 0.0
 
+    def __str__(self) -> str:
+        """What is known: a pair that was not begun has no numbers."""
+        said = [f"{_period(self.fast)} -> {_period(self.slow)}: {self.outcome}"]
+        if self.students:
+            both = ", ".join(f"{name} {apart:.4f}" for name, apart in self.students.items())
+            said.append(f"KL of a student before it is taught: {both}")
+        if not math.isnan(self.after):
+            masked = "" if math.isnan(self.without) else f" (slot masked {self.without:.4f})"
+            said.append(f"KL {self.before:.4f} -> {self.after:.4f}{masked}, {self.steps} steps")
+        return "; ".join([*said, self.room] if self.room and self.room != self.outcome else said)
+
 
 class Scores(NamedTuple):
     """What a probe said: before the sleep; after what was still open has been learned, without a sleep; after it."""
@@ -73,11 +84,7 @@ class SleepReport(NamedTuple):
         return tuple(pair.cut for pair in self.pairs)
 
     def __str__(self) -> str:
-        lines = [
-            f"{_period(p.fast)} -> {_period(p.slow)}: {p.outcome}; KL {p.before:.4f} -> {p.after:.4f} "
-            f"(slot masked {p.without:.4f}), {p.steps} steps{f'; {p.room}' if p.room else ''}"
-            for p in self.pairs
-        ]
+        lines = [str(pair) for pair in self.pairs]
         lines += [
             f"{name}: {s.before:.4f} before, {s.awake:.4f} awake, {s.after:.4f} after"
             for name, s in self.probes.items()

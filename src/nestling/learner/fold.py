@@ -127,7 +127,8 @@ def digest(state: LifeState) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(flatten(state.reading).items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # one element may have stride 0
+        found.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
     about = {"source": state.source, "guard": state.guard.to_data()}
     found.update(json.dumps(about, sort_keys=True).encode())
     return found.hexdigest()[:32]

@@ -241,10 +241,10 @@ class Learner:
         self._tokens_since += 1
         return report
 
-    def night(self) -> SleepConfig:
-        """The default sleep: one that costs at most a quarter of what was learned since the last (`affordable`; in
-        tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
-        return default_night(growing(self.model), self.journal.path_events(self.at))
+    def night(self, config: SleepConfig = SleepConfig()) -> SleepConfig:
+        """The default sleep: one of a kind that costs at most a quarter of what was learned since the last
+        (`affordable`; in tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
+        return default_night(growing(self.model), self.journal.path_events(self.at), config)
 
     def _writing(self) -> None:
         if not self.write:

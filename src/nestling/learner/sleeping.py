@@ -76,21 +76,21 @@ def fall_asleep(
     return reading, report, Night(config if report.dreamt else replace(config, dreaming=None), key, report.steps)
 
 
-def default_night(model: Growing, path: Sequence[Event]) -> SleepConfig:
-    """The sleep that a quarter of what was learned since the last one buys, given the events of a life. Raises
-    ValueError where that is too little for any."""
+def default_night(model: Growing, path: Sequence[Event], config: SleepConfig) -> SleepConfig:
+    """The sleep of a kind that a quarter of what was learned since the last one buys, given the events of a life.
+    Raises ValueError where that is too little for any."""
     awake = 0
     for event in reversed(path):
         if event.kind == "sleep":
             break
         awake += event.tokens
-    config = affordable(model, awake)
-    if config is None:
+    found = affordable(model, awake, config)
+    if found is None:
         raise ValueError(
             f"{awake:,} tokens were read since the last sleep, and a quarter of that buys no night; read more, or say "
             "what the night may cost (nestling sleep --steps, --dreams or --seconds)"
         )
-    return config
+    return found
 
 
 def score(name: str, model: Growing, text: Tensor) -> Probe:

@@ -27,14 +27,16 @@ import torch
 
 from nestling.learner import Learner, LifeConfig
 from nestling.learner.verify import verify_life
-from nestling.levels import level
+from nestling.levels import Growing, level
 from nestling.memory import momentum
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
+from nestling.sleep import SeedConfig, SleepConfig
 from nestling.tasks.record import write_result
 
 LEVELS = (level(24, rule=momentum()), level(60, rule=momentum()))
 CONFIG = ModelConfig(dim=16, heads=2, blocks=1, mixer=attention(window=8), levels=LEVELS)
+NIGHT = SleepConfig(dreams=2, held_out=1, length=4, rehearsal=0.5, seeding=SeedConfig(steps=1), least_recovered=-1e9)
 KEEP = LifeConfig(snapshot_tokens=400, event_bytes=120)
 SECRET = b"SECRET-4417"
 DOCUMENTS = 6
@@ -47,7 +49,7 @@ def text(seed: int, size: int = 200) -> bytes:
 
 def begin(folder: Path) -> None:
     """The life that every action starts from."""
-    with Learner.create(folder, Decoder(CONFIG, seed=3), config=KEEP) as life:
+    with Learner.create(folder, Growing(Decoder(CONFIG, seed=3), slots=2, rank=2), config=KEEP) as life:
         for number in range(4):
             life.learn(text(number) + (SECRET if number == 1 else b""), f"source {number}")
             if number == 2:
@@ -84,12 +86,18 @@ def fork(life: Learner, say: Say) -> None:
     say("forked")
 
 
+def sleep(life: Learner, say: Say) -> None:
+    life.sleep(NIGHT)
+    say("slept")
+
+
 ACTIONS: dict[str, Callable[[Learner, Say], None]] = {
     "learn": learn,
     "snapshot": snapshot,
     "rollback": rollback,
     "forget": forget,
     "fork": fork,
+    "sleep": sleep,
 }
 
 

@@ -1,6 +1,7 @@
 """A sleep is one event of a life."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from nestling.cli import main
 from nestling.learner import Learner
+from nestling.learner.sleeping import Night
 from nestling.levels import Growing, level
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
@@ -125,3 +127,60 @@ def test_dreaming_is_replayed_where_it_was_begun(tmp_path: Path) -> None:
         end = bits(life)
     with Learner.open(tmp_path / "life") as life:
         assert same(bits(life), end)
+
+
+def test_a_pair_that_explodes_does_so_again_in_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeding = sys.modules["nestling.sleep.seed"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(seeding, "EXPLODED", 1.0)  # a step that is worse than the first
+    monkeypatch.setattr(seeding, "SLACK", 0.0)
+    wild = replace(QUICK, rehearsal=0.0, seeding=replace(SeedConfig(), steps=9, learning_rate=0.3))
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT, "fox")
+        (pair,) = life.sleep(wild).pairs
+        assert pair.outcome == "exploded"
+        assert pair.steps > 0
+        life.snapshot()
+        told = life.verify(replay=True)
+        assert told.checked["states learned again"] == 1
+        assert told.problems == []
+
+
+def test_nights_journaled_by_steps_alone_are_still_read() -> None:
+    night = Night(QUICK, "key", (3, None, -1))
+    assert Night.read(night.write()) == night
+    old = json.dumps(json.loads(night.write()) | {"steps": [3, 0, -1]}).encode()
+    assert Night.read(old).steps == (3, 0, -1)
+
+
+def test_what_is_open_is_learned_under_the_guards(tmp_path: Path) -> None:
+    """As much of a document as had arrived: what the guards counted of it is part of the life, and of its replay."""
+    with born(tmp_path / "life") as life:
+        life.learn(TEXT[:80], "fox", ends=False)
+        before = life.state.guard.record("fox").segments
+        assert life.state.reading.segment.numel() >= 8
+        life.sleep(QUICK)
+        assert life.state.guard.record("fox").segments == before + 1
+        life.snapshot()
+        assert life.verify(replay=True).problems == []
+
+
+def test_full_slots_and_the_student_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was chosen is journaled, for a life of one slot too."""
+    folder = tmp_path / "life"
+    flags = ["--steps", "1", "--dreams", "8", "--json"]
+    with born(folder, slots=1) as life:
+        life.learn(TEXT, "fox")
+        life.sleep(QUICK)
+        life.learn(TEXT[::-1], "other")
+    outcomes = []
+    for asked in (["--full", "merge"], ["--full", "evict", "--student", "paper"]):
+        assert main(["sleep", str(folder), *flags, *asked]) == 0
+        outcomes.append(json.loads(capsys.readouterr().out)["pairs"][0])
+    assert outcomes[0]["outcome"] == "full: one slot cannot be merged with another"
+    assert outcomes[1]["before"] == outcomes[1]["students"]["paper"] != outcomes[1]["students"]["reset"]
+    with Learner.open(folder, write=False) as life:
+        nights = [Night.read(life.journal.content(e)) for e in life.journal.path_events(life.at) if e.kind == "sleep"]
+    assert [(type(n.config.when_full).__name__, type(n.config.student).__name__) for n in nights[1:]] == [
+        ("merge", "reset"),
+        ("evict", "paper"),
+    ]

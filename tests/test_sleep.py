@@ -1,6 +1,7 @@
 """A sleep, whole: what moves and what does not, what it costs, what it says."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from nestling.models import Decoder, ModelConfig
 from nestling.models.data import from_data, to_data
 from nestling.sequence import attention, self_modifying
 from nestling.sleep import (
+    DreamConfig,
     Dreams,
     Place,
     SeedConfig,
@@ -300,27 +302,78 @@ class TestWhatGoesWrong:
             assert torch.equal(kept[0].up[2], kept[1].up[2])
 
     def test_a_bound_in_seconds_stops_cleanly_and_can_be_repeated(self, model, life) -> None:
-        ticks = iter(range(10_000))
         told = []
         state, report = sleep(
             model,
             life,
             CONFIG,
             "night",
-            clock=lambda: float(next(ticks)),
-            seconds=6.0,
+            clock=lambda: float(len(told)),
+            seconds=4.0,
             tell=lambda *step: told.append(step),
         )
         first, second = report.pairs
-        assert 0 < first.steps < 8
+        assert first.steps == first.cut == 3
         assert second.outcome == "out of time"
-        assert report.seconds > 6
+        assert report.seconds == 4
+        assert str(second) == "16 -> 48: out of time"
         assert told[0] == (LAST, 0, 8)
         again, replayed = sleep(model, life, CONFIG, "night", steps=report.steps)
         assert same(again, state)
         assert [pair.outcome for pair in replayed.pairs] == [first.outcome, "out of time"]
+        assert replayed.steps == report.steps == (3, -1)
         with pytest.raises(ValueError, match="one number for each of 2 pairs, got 1"):
             sleep(model, life, CONFIG, "night", steps=[3])
+
+    @pytest.mark.parametrize("passes", [0, 3, 12, 17, 20, 24, 29, 33])
+    def test_no_stage_goes_on_out_of_time(self, model, life, passes: int) -> None:
+        """The clock counts passes of the model: through dreams, students, rehearsal, warm start."""
+        heard = []
+        hook = model.register_forward_pre_hook(lambda *_: heard.append(None))
+        config = replace(CONFIG, warm_start=True, rehearsal=1.0, seeding=replace(SEEDING, steps=1))
+        told = {"only": [FAST], "clock": lambda: float(len(heard)), "seconds": float(passes)}
+        try:
+            state, report = sleep(model, life, config, "night", **told)
+            assert [pair.outcome for pair in report.pairs] == ["out of time"]
+            assert len(heard) <= passes + 3
+            assert same(state, Reader(model).settle(life))
+            dreaming = replace(config, dreaming=DreamConfig(dreams=2, best=1, length=4, trial_steps=1, steps=1))
+            heard.clear()
+            state, report = sleep(model, life, dreaming, "night", **told | {"only": [], "seconds": passes / 3})
+            assert report.dreamt is None
+            assert len(heard) <= passes / 3 + 5
+            assert same(state, Reader(model).settle(life))
+        finally:
+            hook.remove()
+
+    @pytest.mark.parametrize("where", ["student", "regression"])
+    def test_a_student_that_is_not_finite_ends_its_pair_alone(self, model, life, where: str, monkeypatch) -> None:
+        night = sys.modules["nestling.sleep.night"]
+
+        def broken(self, model, learned, levels):
+            weights = list(learned.weights)
+            for i in levels:
+                weights[i] = tuple(torch.full_like(w, math.nan) for w in weights[i])
+            return learned._replace(weights=tuple(weights))
+
+        def singular(*_):
+            raise torch.linalg.LinAlgError("did not converge")
+
+        if where == "student":
+            monkeypatch.setattr(reset, "fast", broken)
+        else:
+            monkeypatch.setattr(night, "warm_start", singular)
+        state, report = sleep(model, life, replace(CONFIG, warm_start=True, rehearsal=0.5), "night")
+        assert [pair.outcome for pair in report.pairs] == ["the student is not finite"] * 2
+        assert report.steps == (None, None)
+        assert same(state, Reader(model).settle(life))
+
+    def test_what_is_open_is_learned_only_where_it_is_accepted(self, model, life) -> None:
+        refused = lambda before, after, loss, tokens: before  # noqa: E731
+        _, report = sleep(model, life, replace(CONFIG, student=paper()), "night", accept=refused)
+        assert [pair.outcome for pair in report.pairs] == ["nothing to move"] * 2
+        assert "KL of a student before it is taught: paper 0.0000, reset 0." in str(report)
+        assert "nan" not in str(report)
 
     def test_a_life_without_slots_is_told_how_to_get_them(self, model) -> None:
         reader = Reader(model.model)
@@ -562,7 +615,10 @@ class TestPruning:
         assert said[0] > 5 * said[2] > 0
         assert said[1] == 0
         one, done = within_budget(model, weights, hosts, 1, dreams)
-        assert done == ["merged slots 0 and 2"]
+        assert len(done) == 1
+        assert done[0].startswith("merged slots 0 and 2, error ")
+        with pytest.raises(ValueError, match="slots are merged on dreams"):
+            within_budget(model, weights, hosts, 1, [])
         assert active(model, one, hosts).sum() == 1
         apart = distance(model, Views(weights, one), dreams)
         assert apart < 0.2 * distance(model, Views(weights, masked(model, weights, hosts, 0)), dreams)

@@ -239,12 +239,42 @@ class TestCompressing:
         down[0, 2:] = down[1, 2:] = 0  # rank 2 each
         bank = Slots(down, up, gate, bank.active)
         h = random(9, 6, seed=3)
-        merged, error = merge_slots(bank, 0, 1)
+        merged, error = merge_slots(bank, 0, 1, h, random(5, 6, seed=4))
         torch.testing.assert_close(read_slots(merged, h), read_slots(bank, h), rtol=0, atol=1e-10)
         assert error < 1e-10
         assert merged.active.tolist() == [1, 0, 1]
         assert not any(part[1].any() for part in merged[:3])
         assert all(torch.equal(a[2], b[2]) for a, b in zip(merged, bank, strict=True))
+
+    def test_gates_that_bend_are_merged_as_they_answer(self) -> None:
+        """The error is what was lost on rows that were not learned from; one gate for both loses nothing."""
+        h, held = random(400, 6, seed=3), random(90, 6, seed=4)
+        gate = 2 * random(2, 7, seed=5)
+        down, up = random(2, 4, 6), random(2, 5, 4, seed=1)
+        down[:, 2:] = 0  # rank 2 each
+
+        def said(bank: Slots) -> torch.Tensor:
+            rows = [
+                sum(
+                    bank.active[e]
+                    * torch.sigmoid(bank.gate[e, :-1] @ x + bank.gate[e, -1])
+                    * bank.up[e]
+                    @ bank.down[e]
+                    @ x
+                    for e in range(2)
+                )
+                for x in held
+            ]
+            return torch.stack(rows)
+
+        bank = Slots(down, up, gate, torch.ones(2, dtype=F64))
+        merged, error = merge_slots(bank, 0, 1, h, held)
+        assert error == pytest.approx(float((said(merged) - said(bank)).norm() / said(bank).norm()))
+        folded = torch.sigmoid(gate[:, -1])[:, None, None] * up @ down  # every gate as it is at its bias
+        constant = float((held @ folded.sum(0).mT - said(bank)).norm() / said(bank).norm())
+        assert 0.05 < error < 0.7 * constant
+        same = Slots(down, up, gate[:1].expand(2, -1).clone(), bank.active)
+        assert merge_slots(same, 0, 1, h, held)[1] < 1e-9
 
     def test_magnitude_and_wanda(self) -> None:
         weight = torch.tensor([[4.0, -3.0, 2.0, 1.0], [0.1, 0.2, 0.3, 0.4]])

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,7 +15,7 @@ from nestling.learner.verify import verify_life
 from nestling.levels import Growing
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
-from nestling.sleep import DreamConfig, Pair, SleepConfig, SleepReport
+from nestling.sleep import DreamConfig, Pair, SleepConfig, SleepReport, evict, merge, paper, refuse, reset
 
 from .opening import learning_again, opened, say_notes
 from .reading import open_reader
@@ -114,6 +114,10 @@ def _sources(sources: dict[str, dict[str, Any]], with_now: bool) -> Table:
     return table
 
 
+FULL = {"refuse": refuse(), "merge": merge(), "evict": evict()}
+STUDENTS = {"reset": reset(), "paper": paper()}
+
+
 @app.command(name="sleep")
 def sleep(
     directory: LifeFolder,
@@ -122,6 +126,8 @@ def sleep(
     seconds: float | None = None,
     dreams: int | None = None,
     dream: bool = False,
+    full: Literal["refuse", "merge", "evict"] = "refuse",
+    student: Literal["reset", "paper"] = "reset",
     probe: tuple[Path, ...] = (),
     json: bool = False,
 ) -> None:
@@ -135,12 +141,16 @@ def sleep(
         seconds: no longer than this; what is finished then is kept.
         dreams: texts that the life writes for itself, for each pair.
         dream: after that, learn from dreams of its own those that help it to write as it did before.
+        full: where no slot is free: leave the pair as it is, merge the two least used slots, or lose the least used.
+        student: what becomes of the fast levels: their first weights again, or the published one more update.
         probe: files of text, whose surprise is told before and after.
         json: print the report as JSON.
     """
     texts = {path.name: path.read_bytes() for path in probe}
     with opened(directory) as life, progress() as bars:
-        config = life.night() if steps is None and seconds is None and dreams is None else SleepConfig()
+        config = SleepConfig(when_full=FULL[full], student=STUDENTS[student])
+        if steps is None and seconds is None and dreams is None:
+            config = life.night(config)
         if dreams is not None:
             config = replace(config, dreams=dreams)
         if steps is not None:

@@ -63,9 +63,10 @@ class Fold:
             record = state.guard.record(event.source)._replace(quarantined=False, trusted=True)
             return state._replace(guard=state.guard.with_record(event.source, record)), self._done(())
         if event.kind == "sleep":
+            guard = self.sleeping(state)
             with flushing():
-                reading, _ = again(self.model, state.reading, bytes(tokens.tolist()))
-            return state._replace(reading=reading), self._done(())
+                reading, _ = again(self.model, state.reading, bytes(tokens.tolist()), guard)
+            return LifeState(reading, state.source, guard.state if guard else state.guard), self._done((), guard=guard)
         if event.kind != "learn":
             raise ValueError(f"event {event.id} is a {event.kind!r}, which this version does not know")
         with flushing():
@@ -89,6 +90,12 @@ class Fold:
             outs.append(out)
             source = None
         return LifeState(reading, source, guard.state), self._done(tuple(outs), tokens.numel(), guard)
+
+    def sleeping(self, state: LifeState) -> Guard | None:
+        """What judges the write of what is open before a sleep; None where no document is."""
+        if state.source is None:
+            return None
+        return Guard(self.guards, self.model.levels, state.guard, state.source)
 
     def _end(self, state: LifeState) -> tuple[LifeState, ReadOut]:
         assert state.source is not None
@@ -120,7 +127,8 @@ def digest(state: LifeState) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(flatten(state.reading).items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # one element may have stride 0
+        found.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
     about = {"source": state.source, "guard": state.guard.to_data()}
     found.update(json.dumps(about, sort_keys=True).encode())
     return found.hexdigest()[:32]

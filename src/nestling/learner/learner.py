@@ -255,24 +255,27 @@ class Learner:
     ) -> SleepReport:
         """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
         it is finished, so that a sleep that is cut short has not been. config: `self.night()` by default. seconds: no
-        pair is begun after so long, and the one that is being seeded stops; what is finished stays, and its steps are
-        what is journaled. probes: texts by name, whose nats a token are told before and after."""
+        longer than this, but for a step of seeding and the scores: a pair that is being seeded stops, one that is not
+        yet is left; what is finished stays, and where the clock cut is what is journaled. probes: texts by name, whose
+        nats a token are told before and after."""
         self._writing()
         self.catch_up()
         model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
         config = config or self.night()
         scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
-        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell)
+        guard = self.fold.sleeping(self.state)
+        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard)
         (event,) = self.journal.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")], self._ordinals)
-        self.state, self.at = self.state._replace(reading=reading), event.id
+        known = guard.state if guard else self.state.guard
+        self.state, self.at = self.state._replace(reading=reading, guard=known), event.id
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
         self._tokens_since += 1
         return report
 
-    def night(self) -> SleepConfig:
-        """The default sleep: one that costs at most a quarter of what was learned since the last (`affordable`; in
-        tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
-        return default_night(growing(self.model), self.journal.path_events(self.at))
+    def night(self, config: SleepConfig = SleepConfig()) -> SleepConfig:
+        """The default sleep: one of a kind that costs at most a quarter of what was learned since the last
+        (`affordable`; in tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
+        return default_night(growing(self.model), self.journal.path_events(self.at), config)
 
     def _writing(self) -> None:
         if not self.write:

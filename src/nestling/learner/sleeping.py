@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nestling.levels import Growing, LevelledModel, ReadingState
+from nestling.levels.reading import Accept
 from nestling.models.data import from_data, to_data
 from nestling.sleep import SleepConfig, SleepReport, affordable, sleep
 from nestling.sleep.dreaming import mean_nats
@@ -26,20 +27,24 @@ PROBED = 2048
 
 
 class Night(NamedTuple):
-    """What a sleep was: its configuration, what its draws are keyed by, and the seeding steps done for each pair."""
+    """What a sleep was: its configuration, what its draws are keyed by, and the seeding steps of each pair that a clock
+    cut short (None: it ended by itself, and does so again; older nights have the steps of every pair). guarded: whether
+    what was open was learned under the life's guards (older nights: not)."""
 
     config: SleepConfig
     key: str
-    steps: tuple[int, ...]
+    steps: tuple[int | None, ...]
+    guarded: bool = True
 
     def write(self) -> bytes:
-        data = {"config": to_data(self.config), "key": self.key, "steps": list(self.steps)}
+        data = {"config": to_data(self.config), "key": self.key, "steps": list(self.steps), "guarded": self.guarded}
         return json.dumps(data, sort_keys=True).encode()
 
     @staticmethod
     def read(content: bytes) -> "Night":
         data = json.loads(content)
-        return Night(from_data(SleepConfig, data["config"], path="sleep"), data["key"], tuple(data["steps"]))
+        config = from_data(SleepConfig, data["config"], path="sleep")
+        return Night(config, data["key"], tuple(data["steps"]), data.get("guarded", False))
 
 
 def night_key(seed: int, number: int) -> str:
@@ -62,29 +67,30 @@ def fall_asleep(
     seconds: float | None,
     probes: Mapping[str, Probe],
     tell: Tell | None,
+    accept: Accept | None,
 ) -> tuple[ReadingState, SleepReport, Night]:
     """The state after a sleep, its report, and what is to be journaled of it."""
-    bound = {"clock": time.monotonic, "seconds": math.inf if seconds is None else seconds}
+    told = {"clock": time.monotonic, "seconds": math.inf if seconds is None else seconds, "accept": accept}
     with flushing():
-        reading, report = sleep(model, reading, config, key, probes=probes, tell=tell, **bound)  # type: ignore[arg-type]
+        reading, report = sleep(model, reading, config, key, probes=probes, tell=tell, **told)  # type: ignore[arg-type]
     return reading, report, Night(config if report.dreamt else replace(config, dreaming=None), key, report.steps)
 
 
-def default_night(model: Growing, path: Sequence[Event]) -> SleepConfig:
-    """The sleep that a quarter of what was learned since the last one buys, given the events of a life. Raises
-    ValueError where that is too little for any."""
+def default_night(model: Growing, path: Sequence[Event], config: SleepConfig) -> SleepConfig:
+    """The sleep of a kind that a quarter of what was learned since the last one buys, given the events of a life.
+    Raises ValueError where that is too little for any."""
     awake = 0
     for event in reversed(path):
         if event.kind == "sleep":
             break
         awake += event.tokens
-    config = affordable(model, awake)
-    if config is None:
+    found = affordable(model, awake, config)
+    if found is None:
         raise ValueError(
             f"{awake:,} tokens were read since the last sleep, and a quarter of that buys no night; read more, or say "
             "what the night may cost (nestling sleep --steps, --dreams or --seconds)"
         )
-    return config
+    return found
 
 
 def score(name: str, model: Growing, text: Tensor) -> Probe:
@@ -94,7 +100,11 @@ def score(name: str, model: Growing, text: Tensor) -> Probe:
     return lambda weights: mean_nats(model, weights, text[None, :PROBED].to(weights[0][0].device))
 
 
-def again(model: LevelledModel, reading: ReadingState, content: bytes) -> tuple[ReadingState, SleepReport]:
+def again(
+    model: LevelledModel, reading: ReadingState, content: bytes, accept: Accept | None
+) -> tuple[ReadingState, SleepReport]:
     """The state after a sleep that was journaled."""
     night = Night.read(content)
-    return sleep(growing(model), reading, night.config, night.key, steps=night.steps)
+    return sleep(
+        growing(model), reading, night.config, night.key, steps=night.steps, accept=accept if night.guarded else None
+    )

@@ -7,7 +7,7 @@ from nestling.levels import Growing
 
 from .grow import levels_of
 from .night import SleepConfig
-from .prune import refuse
+from .prune import merge, refuse
 from .schedule import Pair, pairs
 from .seed import SeedConfig
 
@@ -84,7 +84,7 @@ def _of_a_pair(model: Growing, config: SleepConfig, pair: Pair) -> int:
     hosts, length = len(levels_of(model, pair.slow)), config.length + 1
     rehearsed = round(config.rehearsal * config.dreams)
     fitted = (1 + hosts) * (config.dreams + rehearsed) if config.warm_start else 0
-    ranked = 0 if config.when_full == refuse() else config.dreams
+    ranked = {merge(): 2, refuse(): 0}.get(config.when_full, 1) * config.dreams  # to rank slots, and to merge them
     texts = config.dreams + rehearsed + fitted + ranked + 11 * config.held_out
     return texts * length + config.seeding.steps * _step(config.seeding, length) + 3
 

@@ -12,6 +12,7 @@ from nestling.levels import Growing, LevelsState, Slots
 from nestling.levels.reading import constant
 from nestling.memory.structure import Weights
 
+from .bound import Ask, unbounded
 from .dreams import Source, dream, write_on
 from .grow import activate, change_banks, draws, first_free, levels_of
 from .reservoir import Reservoir
@@ -39,13 +40,14 @@ def own_task(
     key: object,
     *,
     reservoir: Reservoir,
+    ask: Ask = unbounded,
 ) -> Task:
     """A task for which no text is kept: to go on writing as these weights do. They write its reference and tuning
     texts, `texts` of each, from what `source` gives first; dreams begin with another of its prompts."""
 
     def written(name: str) -> Tensor:
         generator = draws(key, name)
-        return dream(model, weights, source, texts, length, generator, reservoir=reservoir)[0].tokens
+        return dream(model, weights, source, texts, length, generator, reservoir=reservoir, ask=ask)[0].tokens
 
     (context, *_) = source.for_model(model).prompts(1, reservoir, draws(key, "context"))
     return Task(context[0].to(weights[0][0].device), written("reference"), written("tuning"))
@@ -105,13 +107,18 @@ class DreamReport(NamedTuple):
 
 
 def dream_of(
-    model: Growing, levels: LevelsState, task: Task, config: DreamConfig = DreamConfig(), key: object = 0
+    model: Growing,
+    levels: LevelsState,
+    task: Task,
+    config: DreamConfig = DreamConfig(),
+    key: object = 0,
+    ask: Ask = unbounded,
 ) -> tuple[LevelsState, DreamReport]:
     """The levels after dreaming of a task: one more slot of the slowest level has learned those of the model's own
     texts that, learned alone by an isolated copy, made it better on the tuning texts (reward 1, Eq. 5; ReST-EM).
 
     Without effect where no slot is free, where no dream helped, or where all that did together do not. Nothing but the
-    new slot moves. Language Models Need Sleep, section 3.4.
+    new slot moves. ask: before every token that is written and every trial. Language Models Need Sleep, section 3.4.
     """
     weights = levels.weights
     hosts = levels_of(model, max(lvl.period for lvl in model.own))
@@ -123,7 +130,7 @@ def dream_of(
     current = activate(model, weights, hosts, slot, draws(key, "dream slot"))
     rounds = []
     for number in range(config.rounds):
-        current, dreamt = _round(model, current, place, task, config, (key, "dreams", number))
+        current, dreamt = _round(model, current, place, task, config, (key, "dreams", number), ask)
         rounds.append(dreamt)
     after = mean_nats(model, current, task.tuning)
     if not after < start:
@@ -133,20 +140,23 @@ def dream_of(
 
 
 def _round(
-    model: Growing, weights: tuple[Weights, ...], place: Place, task: Task, config: DreamConfig, key: object
+    model: Growing, weights: tuple[Weights, ...], place: Place, task: Task, config: DreamConfig, key: object, ask: Ask
 ) -> tuple[tuple[Weights, ...], Dreamt]:
     prompt = task.context.numel()
     given = task.context.expand(config.dreams, -1)
     writer = with_random_experts(model, weights, draws(key, "experts")) if config.random_expert else weights
-    texts = write_on(model, writer, given, config.length, draws(key, "writing"), temperature=config.temperature)
+    told = {"temperature": config.temperature, "ask": ask}
+    texts = write_on(model, writer, given, config.length, draws(key, "writing"), **told)  # type: ignore[arg-type]
     found = importance(model, weights, place, texts, prompt, task.reference)
     tried = _choose(found, config, draws(key, "chosen"))
     before = mean_nats(model, weights, task.tuning)
     rewards = []
     for index in tried:
+        ask()
         trial = learn(model, weights, place, texts[index][None], prompt, config.trial_steps, config.learning_rate)
         rewards.append(int(mean_nats(model, trial, task.tuning) < before))
     helped = [index for index, reward in zip(tried, rewards, strict=True) if reward]
+    ask()
     if helped:
         weights = learn(model, weights, place, texts[helped], prompt, config.steps, config.learning_rate)
     return weights, Dreamt(found.tolist(), tried, rewards)

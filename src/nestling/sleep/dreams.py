@@ -14,6 +14,7 @@ from nestling.levels import Growing
 from nestling.memory.part import Part
 from nestling.memory.structure import Weights
 
+from .bound import Ask, unbounded
 from .reservoir import Reservoir
 
 
@@ -158,13 +159,15 @@ def write_on(
     *,
     temperature: float = 1.0,
     state: Any = None,
+    ask: Ask = unbounded,
 ) -> Int[Tensor, "b n"]:
     """What the model writes after `given`, all rows at once: [b, t + tokens]. Nothing is learned, and no gradient
     flows. state: the sequence state before `given`, of as many rows; a fresh one by default. Raises
-    FloatingPointError where the model's logits are not finite."""
+    FloatingPointError where the model's logits are not finite. ask: before every token."""
     logits, state = model(given, state, weights=weights)
     written = [given]
     for index in range(tokens):
+        ask()
         chances = (logits[:, -1].double() / temperature).softmax(-1)
         if not bool(chances.isfinite().all()):
             raise FloatingPointError(f"logits are not finite after {given.shape[1] + index} tokens")
@@ -187,6 +190,7 @@ def dream(
     temperature: float = 1.0,
     states: Any = None,
     rows: int = 64,
+    ask: Ask = unbounded,
 ) -> list[Dreams]:
     """`count` dreams of `tokens` tokens each, prompts not counted, `rows` at a time. states: of so many rows, the
     sequence state that the teacher dreams in (see `sleep`)."""
@@ -202,6 +206,7 @@ def dream(
                 generator,
                 temperature=temperature,
                 state=None if states is None else states(len(part)),
+                ask=ask,
             )
             for part in prompts.to(device).split(rows)
         ]

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from nestling.levels import Growing, LevelsState, Reader, ReadingState
+from nestling.levels.reading import Accept
 from nestling.memory.state import detach, stack
 from nestling.memory.structure import Weights
 
+from .bound import Bound, OutOfTime
 from .dreaming import DreamConfig, DreamReport, dream_of, own_task
 from .dreams import Dreams, Source, any_token, dream
 from .grow import activate, draws, first_free, levels_of, masked, used
@@ -63,21 +67,6 @@ class SleepConfig:
             raise ValueError(f"least_recovered must be < 1, got {self.least_recovered}")
 
 
-class Bound(NamedTuple):
-    """Until when a sleep goes on: `seconds` by `clock` (any function that counts seconds), counted from `began`."""
-
-    clock: Callable[[], float] | None
-    seconds: float
-    began: float
-
-    @property
-    def now(self) -> float:
-        return math.nan if self.clock is None else self.clock()
-
-    def passed(self) -> bool:
-        return self.clock is not None and self.clock() - self.began >= self.seconds
-
-
 def sleep(
     model: Growing,
     state: S,
@@ -85,12 +74,13 @@ def sleep(
     key: object = 0,
     *,
     only: Sequence[Pair] | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int | None] | None = None,
     reservoir: Reservoir | None = None,
     probes: Mapping[str, Probe] | None = None,
     clock: Callable[[], float] | None = None,
     seconds: float = math.inf,
     tell: Tell | None = None,
+    accept: Accept | None = None,
 ) -> tuple[S, SleepReport]:
     """The life after a sleep, and what happened in it. What was given is not changed, so that a sleep that breaks off
     has not been.
@@ -98,20 +88,23 @@ def sleep(
     Pair by pair, slow pair first: the next slot of the slow levels is activated, the student (see `Student`) is taught
     by the teacher on the teacher's dreams (Knowledge Seeding: nothing but the new slot moves), the fast levels become
     the student's, and their own slots are emptied. A pair is left without effect, and the report says why, where no
-    slot is free, where the loss breaks, or where the student is not nearer to the teacher than before, on dreams that
-    are held out; where seeding took it further away than a warm start had brought it, the warm start stays.
+    slot is free, where something is not finite, where the loss breaks, or where the student is not nearer to the
+    teacher than before, on dreams that are held out; where seeding took it further away than a warm start had brought
+    it, the warm start stays.
 
-    A `ReadingState` first learns what it holds open (`Reader.settle`); its sequence state stays. key: what all draws
-    are keyed by, such as (a life's seed, an event's key); the same state, config and key give the same bits. only: some
-    of the pairs. steps: of each pair, as a report of the same sleep says (`SleepReport.steps`), to repeat one that a
-    bound in `seconds` had cut short; no clock is read unless `clock` is given.
+    A `ReadingState` first learns what it holds open (`Reader.settle`, asking `accept`); its sequence state stays. key:
+    what all draws are keyed by, such as (a life's seed, an event's key); the same state, config and key give the same
+    bits. only: some of the pairs. steps: of each pair, as a report of the same sleep says (`SleepReport.steps`), to
+    repeat one that a bound in `seconds` had cut short: None where a pair is to end by itself, which it does as it did.
+    No clock is read unless `clock` is given; it is asked before all that takes long. A pair that runs out of it before
+    seeding is left as it was, and so is dreaming; after it at most a step of seeding and the scores are yet to come.
 
     Language Models Need Sleep, sections 3.1 to 3.3.
     """
     bound = Bound(clock, seconds, 0.0 if clock is None else clock())
     reservoir = no_reservoir() if reservoir is None else reservoir
     night = _Night(model, config, key, bound, reservoir, tell)
-    before, learned, context = _levels(model, state)
+    before, learned, context = _levels(model, state, accept)
     chosen = _chosen(model, config, only, context is not None)
     if steps is not None and len(steps) != len(chosen):
         raise ValueError(f"steps must have one number for each of {len(chosen)} pairs, got {len(steps)}")
@@ -119,7 +112,7 @@ def sleep(
     reports: list[PairReport] = []
     moved: set[int] = set()
     for index, pair in enumerate(chosen):
-        limit = config.seeding.steps if steps is None else steps[index]
+        limit = None if steps is None else steps[index]
         current, report = night.consolidate(pair, current, learned, before, context, limit)
         reports.append(report)
         if report.kept:
@@ -146,14 +139,16 @@ def _own(config: SleepConfig) -> bool:
     return config.seeding.into == "weights"
 
 
-def _levels(model: Growing, state: LevelsState | ReadingState) -> tuple[LevelsState, LevelsState, States | None]:
+def _levels(
+    model: Growing, state: LevelsState | ReadingState, accept: Accept | None
+) -> tuple[LevelsState, LevelsState, States | None]:
     """The levels, the levels after what was open is learned, and the sequence state for any number of rows."""
     if isinstance(state, LevelsState):
         _check(model, state)
         return state, state, None
     _check(model, state.levels)
     now = detach(state.now)
-    return state.levels, Reader(model).settle(state).levels, lambda rows: stack([now] * rows)
+    return state.levels, Reader(model, accept=accept).settle(state).levels, lambda rows: stack([now] * rows)
 
 
 def _check(model: Growing, levels: LevelsState) -> None:
@@ -209,36 +204,60 @@ class _Night(NamedTuple):
         learned: LevelsState,
         before: LevelsState,
         context: States | None,
-        limit: int,
+        limit: int | None,
     ) -> tuple[LevelsState, PairReport]:
-        """The levels after one pair, and its report. Without effect they are `current` itself."""
+        """The levels after one pair, and its report. Without effect they are `current` itself. limit: of its steps,
+        where a clock has set one before."""
+        if limit == NOT_BEGUN:
+            return current, _nothing(pair, "out of time", NOT_BEGUN)
+        teaching, who = context if pair.fast == CONTEXT else None, "teacher"
+        try:
+            self.bound.ask()
+            dreams, held = self._dreams(pair, current, teaching)
+            who = "student"
+            return self._taught(pair, current, learned, before, teaching, dreams, held, limit)
+        except OutOfTime:  # what was done is let go: a pair is begun or not
+            return current, _nothing(pair, "out of time", NOT_BEGUN)
+        except (FloatingPointError, torch.linalg.LinAlgError):
+            return current, _nothing(pair, f"the {who} is not finite", 0)
+
+    def _taught(
+        self,
+        pair: Pair,
+        current: LevelsState,
+        learned: LevelsState,
+        before: LevelsState,
+        teaching: States | None,
+        dreams: list[Dreams],
+        held: list[Dreams],
+        limit: int | None,
+    ) -> tuple[LevelsState, PairReport]:
+        """The levels after the teacher has dreamt and the student has learned of it. Raises OutOfTime before seeding,
+        and FloatingPointError or LinAlgError where the student is not finite."""
         model, config, began = self.model, self.config, self.bound.now
         fast, hosts = levels_of(model, pair.fast), levels_of(model, pair.slow)
-        if limit == NOT_BEGUN or self.bound.passed():
-            return current, _nothing(pair, "out of time", NOT_BEGUN)
-        teaching = context if pair.fast == CONTEXT else None
-        try:
-            dreams, held = self._dreams(pair, current, teaching)
-        except FloatingPointError:
-            return current, _nothing(pair, "the teacher is not finite", 0)
-        if self.bound.passed():  # what was dreamt is let go: a pair is begun or not
-            return current, _nothing(pair, "out of time", NOT_BEGUN)
+        self.bound.ask()
         student = config.student.of(model, current, learned, fast)
         views = Views(current.weights, student.weights, teaching, None)
         students = self._students(views, current, learned, before, fast, held)
         start = students[type(config.student).__name__]
+        if not math.isfinite(start):
+            raise FloatingPointError("the student's divergence is not finite")
         if start == 0.0:
             return current, _nothing(pair, "nothing to move", 0)._replace(students=students, before=start)
+        self.bound.ask()
         made = self._room(student.weights, hosts, dreams)
         if made.slot is None:
             return current, _nothing(pair, made.how, 0)._replace(students=students, before=start)
         rehearsal = self._rehearsal(pair, student)
         place, views = self._grown(pair, views._replace(student=made.weights), made, hosts)
         if config.warm_start and place.slot is not None:
-            weights, _ = warm_start(model, views, place, fast, dreams, model.rank, rehearsal)
+            weights, _ = warm_start(model, views, place, fast, dreams, model.rank, rehearsal, self.bound.ask)
             views = views._replace(student=weights)
+        self.bound.ask()
         started = distance(model, views, held)
         done = self._seed(pair, views, place, dreams, limit, rehearsal)
+        cut = limit is not None or done.outcome == "stopped"
         after = distance(model, views._replace(student=done.weights), held)
         if done.outcome in FINISHED and started < after:  # what a warm start knew, and seeding has lost
             done, after = done._replace(weights=views.student), started
@@ -261,6 +280,7 @@ class _Night(NamedTuple):
             done.divergences,
             done.rewards,
             self.bound.now - began,
+            done.steps if cut else None,
         )
         return (student._replace(weights=done.weights) if outcome == KEPT else current), report
 
@@ -272,8 +292,10 @@ class _Night(NamedTuple):
         key = (self.key, "dreaming")
         told = (config.source, config.held_out, config.length, key)
         try:
-            task = own_task(self.model, teacher.weights, *told, reservoir=self.reservoir)
-            return dream_of(self.model, rested, task, config.dreaming, key)
+            task = own_task(self.model, teacher.weights, *told, reservoir=self.reservoir, ask=self.bound.ask)
+            return dream_of(self.model, rested, task, config.dreaming, key, self.bound.ask)
+        except OutOfTime:
+            return rested, None
         except FloatingPointError:
             return rested, DreamReport("not finite", None, math.nan, math.nan, ())
 
@@ -289,7 +311,12 @@ class _Night(NamedTuple):
     def _dreams(self, pair: Pair, teacher: LevelsState, states: States | None) -> tuple[list[Dreams], list[Dreams]]:
         """What is learned from, and what is held out."""
         config = self.config
-        told = {"reservoir": self.reservoir, "temperature": config.temperature, "states": states}
+        told = {
+            "reservoir": self.reservoir,
+            "temperature": config.temperature,
+            "states": states,
+            "ask": self.bound.ask,
+        }
 
         def draw(count: int, name: str) -> list[Dreams]:
             generator = draws(self.key, pair, name)
@@ -309,6 +336,7 @@ class _Night(NamedTuple):
         """KL(teacher || student) before seeding, for both kinds of student, on the same dreams."""
         found = {}
         for kind in (paper(), reset()):
+            self.bound.ask()
             teacher = current if kind == self.config.student else kind.teacher(before, learned)
             student = kind.of(self.model, teacher, learned, fast)
             both = views._replace(teacher=teacher.weights, student=student.weights)
@@ -328,19 +356,27 @@ class _Night(NamedTuple):
         if not count:
             return None
         generator = draws(self.key, pair, "rehearsal")
-        told = {"reservoir": self.reservoir, "temperature": config.temperature}
+        told = {"reservoir": self.reservoir, "temperature": config.temperature, "ask": self.bound.ask}
         texts = dream(self.model, student.weights, config.source, count, config.length, generator, **told)  # type: ignore[arg-type]
         return Rehearsal(student.weights, tuple(texts))
 
     def _seed(
-        self, pair: Pair, views: Views, place: Place, dreams: list[Dreams], limit: int, rehearsal: Rehearsal | None
+        self,
+        pair: Pair,
+        views: Views,
+        place: Place,
+        dreams: list[Dreams],
+        limit: int | None,
+        rehearsal: Rehearsal | None,
     ) -> Seeded:
+        steps = self.config.seeding.steps if limit is None else limit
+
         def stop(step: int) -> bool:
             if self.tell is not None:
-                self.tell(pair, step, limit)
+                self.tell(pair, step, steps)
             return self.bound.passed()
 
-        config = replace(self.config.seeding, steps=limit)
+        config = replace(self.config.seeding, steps=steps)
         generator = draws(self.key, pair, "seeding")
         return seed(self.model, views, place, dreams, config, generator, stop, rehearsal)
 
@@ -356,4 +392,5 @@ class _Night(NamedTuple):
 
 def _nothing(pair: Pair, why: str, steps: int) -> PairReport:
     unknown = (math.nan, math.nan, math.nan, math.nan)
-    return PairReport(pair.fast, pair.slow, None, why, "", {}, *unknown, steps, 0, [], [], math.nan)
+    cut = NOT_BEGUN if steps == NOT_BEGUN else None
+    return PairReport(pair.fast, pair.slow, None, why, "", {}, *unknown, steps, 0, [], [], math.nan, cut)

@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nestling.levels import Growing, Slots, Taps
-from nestling.levels.slots import opening
+from nestling.levels.slots import opening, read_slots
 from nestling.memory.part import Part
 from nestling.memory.structure import Weights
 
 from .dreams import Dreams
 from .grow import active, bank, change_banks, put_slot, replace_bank
+from .warm_start import RIDGE, lowered
 
 
 @torch.no_grad()
@@ -64,19 +65,84 @@ def _padded(map_: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([map_, map_.new_zeros(missing)], dim)
 
 
-def merge_slots(found: Slots, first: int, second: int) -> tuple[Slots, float]:
-    """The bank with slot `second` merged into `first` and free again, and the error.
+@torch.no_grad()
+def merge_slots(
+    found: Slots, first: int, second: int, heard: Float[Tensor, "n d"], held: Float[Tensor, "m d"]
+) -> tuple[Slots, float]:
+    """The bank with slot `second` merged into `first` and free again, and the error: what the merged slot answers
+    otherwise than both did, as a share of what they did (roots of squares), on the rows `held`.
 
-    Exact up to the rank where both gates are constant (w = 0): each gate is folded into its map at its bias. Gates that
-    bend are replaced by that constant, which a few steps of seeding onto itself can mend.
+    Of four gates (either slot's, their mean, an even one) the one under which a map of rank r comes nearest to the
+    gated answers of both over the rows `heard`. Each map is first folded by how far its gate is open beside the new
+    one, and what that leaves is learned by regression, so that slots of one gate are merged exactly up to the rank.
     """
-    gates = [torch.sigmoid(found.gate[e, -1]) for e in (first, second)]
-    ups = [found.up[e] * gate for e, gate in zip((first, second), gates, strict=True)]
-    low = merge_maps([found.down[first], found.down[second]], ups, found.down.shape[1])
-    none = torch.zeros_like(found.gate[0])
-    merged = put_slot(found, first, (low.down, low.up / torch.sigmoid(none[-1]), none), 1.0)
-    zeros = (torch.zeros_like(low.down), torch.zeros_like(low.up), none)
-    return put_slot(merged, second, zeros, 0.0), low.error
+    pair = torch.tensor([first, second], device=found.gate.device)
+    down, up, gates = (part[pair].double() for part in found[:3])
+    h = heard.double()
+    opened = torch.sigmoid(h @ gates[:, :-1].mT + gates[:, -1])  # [n, 2]
+    told = _answered(h, opened, down, up)
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    for gate in (gates[0], gates[1], gates.mean(0), torch.zeros_like(gates[0])):
+        new = torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None]
+        shares = (opened * new).sum(0) / new.square().sum()  # [2]
+        folded = torch.einsum("e,evr,erd->dv", shares, up, down)
+        inputs = h * new
+        ridge = RIDGE * inputs.square().sum() / max(1, len(h))
+        gram = inputs.mT @ inputs + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+        full = folded + torch.linalg.solve(gram, inputs.mT @ (told - inputs @ folded))
+        low = lowered(inputs, full, found.down.shape[1])
+        left = float((told - inputs @ low[0].mT @ low[1].mT).square().sum())
+        if best is None or left < best[0]:
+            best = (left, *low, gate)
+    assert best is not None
+    new_slot = (best[1].to(found.down), best[2].to(found.up), best[3].to(found.gate))
+    none = (torch.zeros_like(new_slot[0]), torch.zeros_like(new_slot[1]), torch.zeros_like(new_slot[2]))
+    merged = put_slot(put_slot(found, first, new_slot, 1.0), second, none, 0.0)
+    only = torch.zeros_like(found.active)
+    only[pair] = 1.0
+    was = read_slots(found._replace(active=only), held).double()
+    now = read_slots(merged._replace(active=only * merged.active), held).double()
+    return merged, float((was - now).norm() / was.norm().clamp_min(1e-300))
+
+
+def _answered(h: Tensor, opened: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """What some slots answer together [n, v], open as far as `opened` [n, e]."""
+    return torch.einsum("nd,erd,evr,ne->nv", h, down, up, opened)
+
+
+@torch.no_grad()
+def merged(
+    model: Growing,
+    weights: tuple[Weights, ...],
+    hosts: Sequence[int],
+    pair: tuple[int, int],
+    dreams: Sequence[Dreams],
+) -> tuple[tuple[Weights, ...], float] | None:
+    """The weights with two slots of every bank merged on dreams (`merge_slots`), and the largest error on every fourth
+    dream, from which nothing was learned. None where there are too few dreams to hold any out."""
+    learned: dict[int, list[Tensor]] = {host: [] for host in hosts}
+    held: dict[int, list[Tensor]] = {host: [] for host in hosts}
+    for part in dreams:
+        for some, rows in ((learned, part.tokens[_kept_out(part, False)]), (held, part.tokens[_kept_out(part, True)])):
+            for texts in rows.split(64) if len(rows) else ():
+                taps: list[Taps] = []
+                model(texts, weights=weights, taps=taps)
+                for host in hosts:
+                    some[host].append(taps[host].inputs[0].flatten(0, -2))
+    if not all(held.values()):
+        return None
+    errors = []
+    for host in hosts:
+        told = torch.cat(learned[host]), torch.cat(held[host])
+        new, error = merge_slots(bank(model, weights, host), *pair, *told)
+        weights = replace_bank(model, weights, host, new)
+        errors.append(error)
+    return weights, max(errors)
+
+
+def _kept_out(part: Dreams, held: bool) -> Tensor:
+    fourth = torch.arange(len(part.tokens), device=part.tokens.device) % 4 == 3
+    return fourth if held else ~fourth
 
 
 class Made(NamedTuple):
@@ -109,7 +175,7 @@ class refuse(WhenFull):
 
 @dataclass(frozen=True, repr=False)
 class merge(WhenFull):
-    """The two least used slots become one, by SVD."""
+    """The two least used slots become one, as near as one can come to both on the dreams (`merge_slots`)."""
 
     def room(
         self, model: Growing, weights: tuple[Weights, ...], hosts: Sequence[int], dreams: Sequence[Dreams]
@@ -117,15 +183,10 @@ class merge(WhenFull):
         if model.slots < 2:
             return Made(weights, None, "full: one slot cannot be merged with another")
         first, second = sorted(importance(model, weights, hosts, dreams).argsort()[:2].tolist())
-        errors: list[float] = []
-
-        def merged(found: Slots) -> Slots:
-            found, error = merge_slots(found, first, second)
-            errors.append(error)
-            return found
-
-        weights = change_banks(model, weights, hosts, merged)
-        return Made(weights, second, f"merged slots {first} and {second}, error {max(errors):.3g}")
+        done = merged(model, weights, hosts, (first, second), dreams)
+        if done is None:
+            return Made(weights, None, "full: too few dreams to merge slots on")
+        return Made(done[0], second, _how(first, second, done[1]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,14 +219,23 @@ def within_budget(
     """The banks with at most `slots` active ones, merged two by two, and what was done."""
     if slots < 1:
         raise ValueError(f"a budget is >= 1 slot, got {slots}")
-    done = []
+    done: list[str] = []
     while int(active(model, weights, hosts).sum()) > slots:
         said = importance(model, weights, hosts, dreams)
         said[~active(model, weights, hosts).cpu()] = torch.inf
         first, second = sorted(said.argsort()[:2].tolist())
-        weights = change_banks(model, weights, hosts, lambda b, pair=(first, second): merge_slots(b, *pair)[0])  # type: ignore[misc]
-        done.append(f"merged slots {first} and {second}")
+        found = merged(model, weights, hosts, (first, second), dreams)
+        if found is None:
+            raise ValueError(
+                "slots are merged on dreams: give 4 or more texts in one part, of which a fourth is held out"
+            )
+        weights = found[0]
+        done.append(_how(first, second, found[1]))
     return weights, done
+
+
+def _how(first: int, second: int, error: float) -> str:
+    return f"merged slots {first} and {second}, error {error:.1%} of what they said on held-out dreams"
 
 
 def keep_largest(scores: Float[Tensor, "out in_"], sparsity: float, *, by_row: bool) -> Bool[Tensor, "out in_"]:

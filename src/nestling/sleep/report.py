@@ -14,7 +14,8 @@ class PairReport(NamedTuple):
 
     outcome: "kept", or why the pair was left without effect. students: before seeding, for every kind of student.
     before: of the student of this sleep; started: after the warm start; after: of what stays; without: the same, with
-    the new slot masked. seconds: nan where no clock was given.
+    the new slot masked. seconds: nan where no clock was given. cut: the steps that a clock left it (-1: not even the
+    first dreams); None where the pair ended by itself.
     """
 
     fast: float
@@ -32,6 +33,7 @@ class PairReport(NamedTuple):
     divergences: list[float]
     rewards: list[float]
     seconds: float
+    cut: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -41,6 +43,17 @@ class PairReport(NamedTuple):
     def recovered(self) -> float:
         """The share of the divergence that seeding took away."""
         return 1 - self.after / self.before if self.before > 0 else 0.0
+
+    def __str__(self) -> str:
+        """What is known: a pair that was not begun has no numbers."""
+        said = [f"{_period(self.fast)} -> {_period(self.slow)}: {self.outcome}"]
+        if self.students:
+            both = ", ".join(f"{name} {apart:.4f}" for name, apart in self.students.items())
+            said.append(f"KL of a student before it is taught: {both}")
+        if not math.isnan(self.after):
+            masked = "" if math.isnan(self.without) else f" (slot masked {self.without:.4f})"
+            said.append(f"KL {self.before:.4f} -> {self.after:.4f}{masked}, {self.steps} steps")
+        return "; ".join([*said, self.room] if self.room and self.room != self.outcome else said)
 
 
 class Scores(NamedTuple):
@@ -65,16 +78,13 @@ class SleepReport(NamedTuple):
     dreamt: DreamReport | None = None
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """Seeding steps of each pair: given to `sleep` again, they make the same sleep without a clock."""
-        return tuple(pair.steps for pair in self.pairs)
+    def steps(self) -> tuple[int | None, ...]:
+        """Of each pair, what only a clock could know: given to `sleep` again, they make the same sleep without one. A
+        pair that ended by itself, such as by an explosion, meets its end again (None)."""
+        return tuple(pair.cut for pair in self.pairs)
 
     def __str__(self) -> str:
-        lines = [
-            f"{_period(p.fast)} -> {_period(p.slow)}: {p.outcome}; KL {p.before:.4f} -> {p.after:.4f} "
-            f"(slot masked {p.without:.4f}), {p.steps} steps{f'; {p.room}' if p.room else ''}"
-            for p in self.pairs
-        ]
+        lines = [str(pair) for pair in self.pairs]
         lines += [
             f"{name}: {s.before:.4f} before, {s.awake:.4f} awake, {s.after:.4f} after"
             for name, s in self.probes.items()

@@ -134,7 +134,7 @@ def seed(
 
     A loss that is not finite, or a divergence ten times what it was at first, ends it: the student's weights come back
     as they were given. stop: asked before every step with its number. Oracle: a step by plain autograd
-    (tests/test_seed.py).
+    (tests/test_sleep.py).
     """
     leaves = place.leaves(model, views.student)
     optimizer = torch.optim.Adam(leaves, lr=config.learning_rate)

@@ -11,6 +11,7 @@ from nestling.levels import Growing, Taps
 from nestling.levels.slots import read_slots
 from nestling.memory.structure import Weights
 
+from .bound import Ask, unbounded
 from .dreams import Dreams
 from .grow import bank, put_slot, replace_bank
 from .seed import Place, Rehearsal, States, Views
@@ -30,19 +31,25 @@ def reduced_rank(inputs: Tensor, targets: Tensor, rank: int, ridge: float = 0.0)
     """The W of rank r that minimises sum ||y - W h||^2 over rows h [n, d], y [n, v] (plus ridge ||W||^2 of the full
     solution): the full-rank solution, projected on the top r right singular directions of what it predicts.
 
-    Oracle: gradient descent on both maps does not get below it (tests/test_warm_start.py).
+    Oracle: gradient descent on both maps does not get below it (tests/test_sleep_parts.py).
     """
     h, y = inputs.double(), targets.double()
     gram = h.mT @ h + ridge * h.square().sum() / max(1, len(h)) * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     full = torch.linalg.lstsq(gram, h.mT @ y).solution if ridge == 0 else torch.linalg.solve(gram, h.mT @ y)
+    down, up = lowered(h, full, rank)
+    left = float((y - h @ down.mT @ up.mT).square().sum() / y.square().sum().clamp_min(1e-300))
+    return Fit(down.to(inputs), up.to(inputs), left)
+
+
+def lowered(h: Tensor, full: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A map [d, v] as down [r, d] and up [v, r], which keep the top directions of what it answers to rows h."""
     directions = torch.linalg.svd(h @ full, full_matrices=False).Vh[:rank]  # [r, v]
     down, up = (full @ directions.mT).mT, directions.mT
     missing = rank - len(down)
     if missing > 0:
         down = torch.cat([down, down.new_zeros(missing, down.shape[1])])
         up = torch.cat([up, up.new_zeros(up.shape[0], missing)], 1)
-    left = float((y - h @ down.mT @ up.mT).square().sum() / y.square().sum().clamp_min(1e-300))
-    return Fit(down.to(inputs), up.to(inputs), left)
+    return down, up
 
 
 @torch.no_grad()
@@ -54,6 +61,7 @@ def warm_start(
     dreams: Sequence[Dreams],
     rank: int,
     rehearsal: Rehearsal | None = None,
+    ask: Ask = unbounded,
 ) -> tuple[tuple[Weights, ...], tuple[float, ...]]:
     """The student's weights with the new slots fitted to what the levels from the fast to the slow one together answer
     less than the teacher's, and the share that each fit leaves.
@@ -61,6 +69,7 @@ def warm_start(
     Block by block, each fitted in the activations that the slots before it leave. A start, and a diagnostic: what
     differs in the stream for other reasons (attention, other blocks) is not in the targets. With a rehearsal, the gate
     opens where a linear discriminant tells the teacher's dreams from the student's own, where the target is zero.
+    ask: before every block.
     """
     slot = place.slot
     assert slot is not None
@@ -70,6 +79,7 @@ def warm_start(
         [_lesson(model, rehearsal.weights, views.student_state, part) for part in rehearsal.dreams] if rehearsal else []
     )
     for host in place.hosts:
+        ask()
         levels = range(max((i for i in fast if i <= host), default=host), host + 1)
         h, y = _targets(model, student, lessons, levels, views.student_state)
         found = bank(model, student, host)

@@ -104,6 +104,7 @@ NOT_OPTIMIZERS = {
     "retain(sigmoid)": "steps an accumulator, and a parameter is the weight itself",
     "retain(lq)": "steps an accumulator, and a parameter is the weight itself",
     "retain(elastic_net_ftrl)": "steps an accumulator, and a parameter is the weight itself",
+    "retain(decay_to_anchor)": "acts where a chunk opens, and an optimizer has no chunks",
 }
 """Rules that cannot be optimizers, and why, in the words in which they are refused; each is tried, and must fail."""
 

@@ -531,7 +531,7 @@ class TestSeeding:
                 theirs[0].outputs[-1] + theirs[1].outputs[-1] - mine[0].outputs[-1] - mine[1].outputs[-1]
             ).flatten(0, 1)
         rows = torch.stack([h / (1 + math.exp(-float(slot.gate[0, :-1] @ h + slot.gate[0, -1]))) for h in inputs])
-        ridge = math.sqrt(1e-4 * float((rows**2).sum()) / len(rows)) * torch.eye(16, dtype=F64)
+        ridge = math.sqrt(0.1 * float((rows**2).sum()) / 16) * torch.eye(16, dtype=F64)
         expected = torch.linalg.lstsq(
             torch.cat([rows, ridge]), torch.cat([torch.stack(targets), torch.zeros(16, 16, dtype=F64)])
         ).solution

@@ -79,6 +79,7 @@ def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
     return min(position // step * step + step for step in steps)
 
 
+@runtime_checkable
 class Accept(Protocol):
     """Judges every write, before it is made and after it."""
 

@@ -87,7 +87,7 @@ def merge_slots(
         shares = (opened * new).sum(0) / new.square().sum()  # [2]
         folded = torch.einsum("e,evr,erd->dv", shares, up, down)
         inputs = h * new
-        ridge = RIDGE * inputs.square().sum() / max(1, len(h))
+        ridge = RIDGE * inputs.square().sum() / h.shape[1]
         gram = inputs.mT @ inputs + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
         full = folded + torch.linalg.solve(gram, inputs.mT @ (told - inputs @ folded))
         low = lowered(inputs, full, found.down.shape[1])

@@ -50,6 +50,7 @@ MODELS = {
 UNBOUNDED = replace(SELF_MODIFYING, rule=retain(decay_to_start(), delta_gradient_descent()))
 VARIANTS = {  # of self-modifying Titans, one term changed in each
     "unbounded error": replace(BASE, mixer=UNBOUNDED),
+    "Hope's mixer": replace(BASE, mixer=mixer(error_bound=0.5, step_bound=16.0)),
     "convolution 4": replace(BASE, mixer=replace(SELF_MODIFYING, convolution=4)),
     "step bound 1.5": replace(BASE, mixer=replace(SELF_MODIFYING, step_bound=1.5)),
 }

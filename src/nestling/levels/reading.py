@@ -298,7 +298,7 @@ def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:
 
 @contextmanager
 def constant_parameters(model: LevelledModel) -> Iterator[None]:
-    """While inside, no parameter of the model asks for a gradient."""
+    """While inside, no parameter of the model asks for a gradient: no other thread may train it meanwhile."""
     asking = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     try:
         for parameter in asking:

@@ -12,7 +12,7 @@ class Slots(NamedTuple):
 
     h: the normed input of the level's block. Each slot has an additive gate of its own, so that no other answer
     changes when one is activated; with up = 0 no logit changes at all. Masks, not shapes, say which slots there are.
-    The maps are linear: slots can be merged exactly (`sleep.merge`), and the gate is what bends.
+    The maps are linear: slots of one gate can be merged exactly (`sleep.merge`), and the gate is what bends.
     """
 
     down: Tensor  # [s, r, d]

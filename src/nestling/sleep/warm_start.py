@@ -16,7 +16,7 @@ from .dreams import Dreams
 from .grow import bank, put_slot, replace_bank
 from .seed import Place, Rehearsal, States, Views
 
-RIDGE = 0.1  # of the mean eigenvalue of the inputs' Gram matrix; at 1e-5 of it the slots of long lives explode
+RIDGE = 0.1  # of the mean eigenvalue of the inputs' Gram matrix; at 3e-6 of it the slots of long lives explode
 
 
 class Fit(NamedTuple):

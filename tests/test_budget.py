@@ -97,7 +97,7 @@ def test_pairs_share_what_there_is() -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class every(Schedule):
+class each_48(Schedule):
     sleeping: bool = True
 
     def pairs(self, levels, moment) -> tuple[Pair, ...]:
@@ -110,14 +110,14 @@ class every(Schedule):
 def test_a_life_sleeps_once_it_can_pay_for_it() -> None:
     model = build(blocks=1)
     text = TEXT.repeat(6)[:1_900]
-    life, _, nights = live(model, begin(model), text, every())
+    life, _, nights = live(model, begin(model), text, each_48())
     assert nights
     apart = [b.position - a for a, b in zip([0, *(n.position for n in nights)], nights, strict=False)]
     assert all(affordable(model, size) is not None and affordable(model, size - 48) is None for size in apart)
     model.model.tokens = 0
-    live(model, begin(model), text, every(sleeping=False))
+    live(model, begin(model), text, each_48(sleeping=False))
     awake = model.model.tokens
     model.model.tokens = 0
-    live(model, begin(model), text, every())
+    live(model, begin(model), text, each_48())
     assert model.model.tokens <= 1.25 * awake
     assert life.slept == nights[-1].position

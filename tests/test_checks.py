@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nestling import checks
 from nestling.checks import options
 from nestling.levels import LevelsState, Reader, level
+from nestling.levels.reading import Own
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig
@@ -236,19 +237,19 @@ class LearnsAtCalls(Reader):
     def read(self, state: Any, tokens: Tensor) -> Any:
         state, out = super().read(state, tokens)
         if state.segment.numel() > 1:
-            state = state._replace(levels=self._learn(state, state.segment, None)[1])
+            state = state._replace(levels=self._learn(state, state.segment, None, Own(state.levels))[1])
         return state, out
 
 
 class ForgetsWhatCameInPieces(Reader):
-    def _close(self, state: Any, following: Tensor) -> Any:
-        return super()._close(state._replace(segment=state.segment[-1:]), following)
+    def _close(self, state: Any, following: Any, own: Own) -> Any:
+        return super()._close(state._replace(segment=state.segment[-1:]), following, own)
 
 
 class NeverLearns(Reader):
-    def _learn(self, state: Any, tokens: Tensor, following: Tensor | None) -> Any:
-        logits, _, now = super()._learn(state, tokens, following)
-        return logits, state.levels, now
+    def _learn(self, state: Any, tokens: Tensor, following: Tensor | None, own: Own) -> Any:
+        logits, _, now, squares = super()._learn(state, tokens, following, Own(state.levels))
+        return logits, state.levels, now, [0.0] * len(squares)
 
 
 class ChangesTheModel(Reader):
@@ -258,11 +259,11 @@ class ChangesTheModel(Reader):
 
 
 class Ascends(Reader):
-    def _learn(self, state: Any, tokens: Tensor, following: Tensor | None) -> Any:
-        logits, levels, now = super()._learn(state, tokens, following)
+    def _learn(self, state: Any, tokens: Tensor, following: Tensor | None, own: Own) -> Any:
+        logits, levels, now, squares = super()._learn(state, tokens, following, Own(state.levels))
         both = zip(state.levels.weights, levels.weights, strict=True)
         turned = tuple(tuple(2 * a - b for a, b in zip(old, new, strict=True)) for old, new in both)
-        return logits, LevelsState(turned, levels.rules), now
+        return logits, LevelsState(turned, levels.rules), now, squares
 
 
 @pytest.mark.parametrize(

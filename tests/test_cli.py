@@ -96,9 +96,8 @@ def test_a_diverged_life_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[st
     for _ in range(2):
         assert main(["learn", str(out), str(text)]) == 0
         said = capfd.readouterr().out
-        assert "not finite" in said
-        assert "refused 0 segments" not in said
-    bad(["generate", str(out), "--prompt", "te"], capfd, "not finite")
+        assert "not finite: " in said
+    assert main(["generate", str(out), "--prompt", "te"]) == 0  # what diverged was not taken in
 
 
 def test_diverging_training_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

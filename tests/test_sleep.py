@@ -88,6 +88,16 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(flatten(a).values(), flatten(b).values(), strict=True))
 
 
+class Refuses:
+    """No write is taken in, and no tick stands."""
+
+    def takes(self, before, gradients, loss, tokens) -> bool:
+        return False
+
+    def stands(self, before, after, squares):
+        return before
+
+
 class TestGrowth:
     def test_activation_changes_no_logit(self, model, life) -> None:
         weights = life.levels.weights
@@ -369,8 +379,7 @@ class TestWhatGoesWrong:
         assert same(state, Reader(model).settle(life))
 
     def test_what_is_open_is_learned_only_where_it_is_accepted(self, model, life) -> None:
-        refused = lambda before, after, loss, tokens: before  # noqa: E731
-        _, report = sleep(model, life, replace(CONFIG, student=paper()), "night", accept=refused)
+        _, report = sleep(model, life, replace(CONFIG, student=paper()), "night", accept=Refuses())
         assert [pair.outcome for pair in report.pairs] == ["nothing to move"] * 2
         assert "KL of a student before it is taught: paper 0.0000, reset 0." in str(report)
         assert "nan" not in str(report)

@@ -123,6 +123,8 @@ def _learn_model(directory: Path, documents: list[tuple[str, bytes]], paths: tup
             state, _ = reader.end_document(state)
     save_life(directory, saved, state, {"documents": [str(path) for path in paths]})
     print(f"read {counted:,.0f} bytes at {total * BITS / max(1, counted):.3f} bits/byte, predicted before learned")
-    if guard.refused or lost:
-        said = f"refused {guard.refused.total()} segments whose loss or gradient was not finite"
-        print(f"{said}; {lost:,} predictions were not finite, and are not in the mean. The levels' steps are too large")
+    if guard.refused or guard.held or lost:
+        print(
+            f"not finite: {guard.refused.total()} segments, which were refused, {guard.held.total()} ticks, which were "
+            f"held, and {lost:,} predictions, which are not in the mean. The levels' steps are too large"
+        )

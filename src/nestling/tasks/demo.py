@@ -205,8 +205,9 @@ def claims(data: dict[str, Any]) -> list[dict[str, Any]]:
         claim = f"change at positions {first} to {last} from those before (trained at {data['training_length']})"
         found.append((claim, bits - before, "below 0", lambda x: x < 0))
     beyond, trained = data["beyond"], data["training_length"]
-    claim = f"positions from {beyond['first']:,} on, less the same bytes read afresh every {trained}"
-    found.append((claim, beyond["on"] - beyond["afresh"], "below 0", lambda x: x < 0))
+    if not math.isnan(beyond["on"]):  # where a text is long enough
+        claim = f"positions from {beyond['first']:,} on, less the same bytes read afresh every {trained}"
+        found.append((claim, beyond["on"] - beyond["afresh"], "below 0", lambda x: x < 0))
     found.append(("seconds in all", data["seconds"]["all"], "at most 480", lambda x: x <= 480))
     found.append(("GB of memory", data["peak_bytes"] / 1e9, "at most 3", lambda x: x <= 3))
     return [

@@ -100,6 +100,25 @@ def test_a_diverged_life_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["generate", str(out), "--prompt", "te"]) == 0  # what diverged was not taken in
 
 
+def test_a_resumed_run_logs_every_step_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a killed run logged after its last checkpoint, whole lines and a torn one, is made again, and not twice."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("text of some kind " * 30)
+    train = ["train", "--data", str(text), "--out", str(out), *TINY]
+    assert main(train) == 0
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": 5, "loss": 99.0}) + '\n{"step": 6, "lo')
+    capfd.readouterr()
+    bad([*train, "--resume", "--steps", "3"], capfd, "--steps 3", "step 4")
+    assert main([*train, "--resume", "--steps", "6"]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[4]["loss"] < 99.0
+    assert main(["learn", str(out), str(text)]) == 0
+    capfd.readouterr()
+    bad([*train, "--resume", "--steps", "8"], capfd, "a life has begun in it")
+
+
 def test_diverging_training_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("text of some kind " * 30)

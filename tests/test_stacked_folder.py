@@ -167,7 +167,10 @@ def test_encoders_on_disk(tmp_path: Path, text: Path, capsys) -> None:
         told = ["--loss", loss] if loss else []
         assert main(["stack", str(base), "--out", str(tmp_path / name), "--periods", "8", "32", *told]) == 0
         assert main(["learn", str(tmp_path / name), str(text)]) == code
-    said = capsys.readouterr().err
+    printed = capsys.readouterr()
+    said = printed.err
+    assert "bits/byte" in printed.out
+    assert "not finite" not in printed.out  # tokens that were not masked have no prediction
     assert "BertForMaskedLM is an encoder, and nothing says what it learns from" in said
     assert "read with ExampleReader" in said
     saved = load_stacked(tmp_path / "masked")

@@ -105,7 +105,8 @@ def open_reader(directory: Path, *, learning: bool) -> tuple[SavedModel | SavedS
 def _learn_model(directory: Path, documents: list[tuple[str, bytes]], paths: tuple[Path, ...]) -> None:
     saved, reader, state = open_reader(directory, learning=True)
     guard = Guard(FINITE, saved.model.levels, GuardState.begin(len(saved.model.levels)), str(directory))
-    reader = replace(reader, accept=guard) if isinstance(reader, Reader) else reader
+    predicts_all = isinstance(reader, Reader)  # an encoder predicts what is masked, and is not guarded
+    reader = replace(reader, accept=guard) if predicts_all else reader
     total, counted, lost = 0.0, 0.0, 0
     with progress() as bars:
         task = bars.add_task("reading", total=sum(len(text) for _, text in documents), note="")
@@ -116,7 +117,7 @@ def _learn_model(directory: Path, documents: list[tuple[str, bytes]], paths: tup
                 state, out = reader.read(state, part)
                 seen = out.nll[out.nll.isfinite()].double()
                 total, counted = total + float(seen.sum()), counted + seen.numel() * a_token
-                lost += int((~out.nll.isfinite()).sum()) - int(first)
+                lost += int((~out.nll.isfinite()).sum()) - int(first) if predicts_all else 0
                 first = False
                 note = f"{total * BITS / max(1, counted):.3f} bits/byte"
                 bars.update(task, advance=part.numel() * a_token, note=note)

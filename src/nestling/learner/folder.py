@@ -97,8 +97,8 @@ def _handed_on(saved: SavedModel, levels: LevelsState) -> LevelsState:
     moments = [[_moments(tensors, facts, number) for number in maps] for maps in facts.get("levels", [])]
     if moments:
         levels = hand_over(saved.model.levels, levels, moments)
-    step = saved.generation.data["config"]["train"]
-    return _half_filled(levels, tensors, facts.get("clocks", []), step["rows"] * step["length"])
+    clocks, step = facts.get("clocks", []), saved.generation.data["config"].get("train", {})
+    return _half_filled(levels, tensors, clocks, step["rows"] * step["length"]) if clocks else levels
 
 
 def _moments(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], number: int) -> Moments | None:

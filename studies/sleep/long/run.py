@@ -319,13 +319,22 @@ def live(
         yield rows[-1]
 
 
-def study(form: Form, name: str, folder: Path, *, resume: bool = False, given: bytes | None = None) -> dict[str, Any]:
-    """All lives of a form; folder/<name>.json after each of them."""
+def study(
+    form: Form,
+    name: str,
+    folder: Path,
+    *,
+    resume: bool = False,
+    given: bytes | None = None,
+    arms: Sequence[str] = (),
+    runs: Sequence[int] = (),
+) -> dict[str, Any]:
+    """All lives of a form, or those of some `arms` and `runs`; folder/<name>.json after each of them."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     lives: list[dict[str, Any]] = json.loads(file.read_text())["lives"] if resume and file.exists() else []
-    for run in form.runs:
-        wanted = [arm for arm in form.arms if (run, arm) not in {(life["run"], life["arm"]) for life in lives}]
+    for run in runs or form.runs:
+        wanted = [arm for arm in arms or form.arms if (run, arm) not in {(life["run"], life["arm"]) for life in lives}]
         if not wanted:
             continue
         read, english, bodies = texts(form, run, given)
@@ -388,8 +397,8 @@ def main() -> None:
     chosen, name = (FULL, "full") if told.full else (QUICK, "quick")
     if told.small_steps:
         chosen, name = SMALL_STEPS, "small_steps"
-    chosen = replace(chosen, arms=tuple(told.only or chosen.arms), runs=tuple(told.runs or chosen.runs))
-    study(chosen, name, told.out, resume=told.resume, given=told.texts.read_bytes() if told.texts else None)
+    given = told.texts.read_bytes() if told.texts else None
+    study(chosen, name, told.out, resume=told.resume, given=given, arms=told.only or (), runs=told.runs or ())
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
 
     Two processes of one thread each: first the model beside its baseline, then the arms of the life, two by two.
     """
-    began, held = time.perf_counter(), [0]
+    began, held = time.perf_counter(), 0
     bodies = demo_bodies(config)
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(2, os.cpu_count() or 1))
@@ -88,13 +88,14 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
 
             def together(jobs: dict[str, Future[Any]]) -> dict[str, Any]:
-                turns = 0
-                while not all(job.done() for job in jobs.values()):
+                nonlocal held
+                for turn in itertools.count():
+                    if all(job.done() for job in jobs.values()):
+                        break
                     time.sleep(0.1)
                     _pass_on(queue, tell)
-                    if turns % 50 == 0:  # every 5 seconds: to add up their pages holds the processes up
-                        held[0] = max(held[0], footprint_bytes())
-                    turns += 1
+                    if turn % 50 == 0:  # every 5 seconds: to add up their pages holds the processes up
+                        held = max(held, footprint_bytes())
                 _pass_on(queue, tell)
                 return {name: job.result() for name, job in jobs.items()}
 
@@ -123,7 +124,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
         "commit": commit(),
         "machine": {**machine(), "cores": os.cpu_count() or 1, "workers": workers},
         "seconds": {"pre-training": after_training - began, "life": ended - after_training, "all": ended - began},
-        "peak_bytes": held[0],
+        "peak_bytes": held,
         "model": {"expression": repr(config.model), "parameters": trained["hope"]["parameters"]},
         "baseline": {"expression": repr(baseline), "parameters": trained["transformer"]["parameters"]},
         "trained_tokens": config.train.steps * config.train.rows * config.train.length,

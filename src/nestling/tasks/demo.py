@@ -107,9 +107,10 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
                 }
             )
             after_training = time.perf_counter()
-            arms = together({name: pool.submit(_live, config, bodies, name, folder, queue) for name in ARMS})
+            jobs = {name: pool.submit(_live, config, bodies, name, folder, queue) for name in ARMS}
+            arms = together({**jobs, "positions": pool.submit(_by_position, config, folder)})
     ended = time.perf_counter()
-    first = trained["hope"]["held_out"]
+    first, positions = trained["hope"]["held_out"], arms.pop("positions")
     frozen, probe = arms["frozen"], trained["hope"]["probe"]  # what does not learn measures the same throughout
     frozen["held_out"] = {stage: first for stage in arms["hope"]["held_out"]}
     frozen["curve"] = [[tokens, probe] for tokens, _ in arms["hope"]["curve"]]
@@ -136,8 +137,7 @@ def run_demo(config: DemoConfig, folder: Path, tell: Tell) -> dict[str, Any]:
         "training": {name: part["curve"] for name, part in trained.items()},
         "trained": {name: part["held_out"] for name, part in trained.items()},
         "arms": arms,
-        "by_position": trained["hope"]["by_position"],
-        "beyond": trained["hope"]["beyond"],
+        **positions,
     }
     return {**data, "claims": claims(data)}
 
@@ -268,18 +268,24 @@ def _pre_train(
             curve.append([trainer.step * train.rows * train.length, sum(recent) / len(recent)])
             recent = []
     save_run(folder / name, trainer, {"demo": name})
-    edges = [0, 64, 256, 512, 1024, 2047]
-    size = edges[-1] + 1
-    longer = embedded_bodies(held_out_bytes=config.long_bytes, seed=config.seed)["english"].held_out
-    pieces = [text[at : at + size] for text in longer for at in range(0, len(text) - edges[-1], size)]
-    by_position = surprise_by_position(model, pieces, piece=size) * BITS  # the same texts at every position
     return {
         "parameters": count(model),
         "curve": curve,
         "held_out": _held_out(model, bodies, None, config.held_out_bytes),
         "probe": _held_out(model, bodies, None, config.probe_bytes),
-        "by_position": [[a, b, float(by_position[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)],
-        "beyond": _beyond(model, pieces, by_position, edges[-2], train.length),
+    }
+
+
+def _by_position(config: DemoConfig, folder: Path) -> dict[str, Any]:
+    """Bits per byte by position of English text far longer than what was trained on."""
+    model, edges = load_model(folder / "hope").model, [0, 64, 256, 512, 1024, 2047]
+    size = edges[-1] + 1
+    longer = embedded_bodies(held_out_bytes=config.long_bytes, seed=config.seed)["english"].held_out
+    pieces = [text[at : at + size] for text in longer for at in range(0, len(text) - edges[-1], size)]
+    bits = surprise_by_position(model, pieces, piece=size) * BITS  # the same texts at every position
+    return {
+        "by_position": [[a, b, float(bits[:, a:b].nanmean())] for a, b in itertools.pairwise(edges)],
+        "beyond": _beyond(model, pieces, bits, edges[-2], config.train.length),
     }
 
 

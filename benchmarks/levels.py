@@ -3,7 +3,7 @@
     python benchmarks/levels.py [--tokens 2048] [--rounds 5]
 
 One model of two blocks (sliding attention or self-modifying Titans, four levels), the same tokens, every case in
-turn; medians of seconds and their ratios, peak memory in processes of their own. Results go to
+turn; medians of processor seconds of one thread, and their ratios; peak memory in processes of their own. Results go to
 benchmarks/results/levels.json.
 
 Peers' unit is the forward pass of a Transformer block, four rows of 1,024 tokens. The nearest peer's update pass steps
@@ -21,10 +21,12 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -162,7 +164,10 @@ def peak_mb(mixer: str, case: str, tokens: int) -> float:
 
 
 def measure(mixer: str, tokens: int, rounds: int) -> dict[str, Any]:
-    seconds = {name: statistics.median(times) for name, times in interleaved(cases(mixer, tokens), rounds).items()}
+    seconds = {
+        name: statistics.median(times)
+        for name, times in interleaved(cases(mixer, tokens), rounds, time.process_time).items()
+    }
     base, context = seconds["read"], seconds["learn"]
     ratios = {
         "learn / read": context / base,

@@ -4,8 +4,8 @@
 
 A Llama with random weights reads 1,024 tokens, in segments of 128: without learning (forward), with levels stacked in
 its MLPs in each of the three ways (four periods: 128, 512, 2,048, 8,192), and as ordinary training of the same MLPs
-does (forward, backward, SGD on their weights, a step a segment). Medians of interleaved rounds. Memory is the most that
-tensors took above the model's own weights, as torch's profiler counts it. Results go to
+does (forward, backward, SGD on their weights, a step a segment). Medians of processor seconds, of interleaved rounds.
+Memory is the most that tensors took above the model's own weights, as torch's profiler counts it. Results go to
 benchmarks/results/stacking.json.
 """
 
@@ -104,9 +104,9 @@ def main() -> None:
         go()
     for _ in range(args.rounds):
         for name, go in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             go()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     median = {name: statistics.median(found) for name, found in times.items()}
     mlps = sum(w.numel() * 4 for maps in stack(base(args.width, args.layers), PERIODS).level_weights() for w in maps)
     result = {

@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=12
 
 test-kill: $(VENV)/installed
 	$(BIN)/python tests/kills.py --kills 20

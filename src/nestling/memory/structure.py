@@ -75,8 +75,16 @@ class Structure(Part, family=True):
 
 
 def plain(weights: Weights) -> Apply:
-    """The same weights for every token."""
-    return lambda index, inputs: _Linear.apply(inputs, weights[index])
+    """The same weights for every token; under autocast a product in its type, as torch's linear maps have it."""
+
+    def apply(index: int, inputs: Tensor) -> Tensor:
+        weight, device = weights[index], inputs.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            inputs, weight = inputs.to(dtype), weight.to(dtype)
+        return _Linear.apply(inputs, weight)
+
+    return apply
 
 
 class _Linear(torch.autograd.Function):

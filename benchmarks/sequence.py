@@ -44,15 +44,15 @@ LEVELS = (
 class TransformerBlock(nn.Module):
     """The yardstick: causal scaled-dot-product attention and an MLP of four times the width, pre-normed."""
 
-    def __init__(self, mlp_too: bool = True) -> None:
+    def __init__(self, mlp_too: bool = True, dim: int = DIM, heads: int = HEADS) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        self.up, self.down = nn.Linear(DIM, 4 * DIM, bias=False), nn.Linear(4 * DIM, DIM, bias=False)
-        self.first, self.second = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
-        self.mlp_too = mlp_too
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+        self.first, self.second = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.mlp_too, self.heads = mlp_too, heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.first(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, 1)
+        q, k, v = self.qkv(self.first(x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.second(x)))) if self.mlp_too else x
 
@@ -60,24 +60,24 @@ class TransformerBlock(nn.Module):
 class Hope(nn.Module):
     """The Hope block: self-modifying mixer and two levels."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = DIM, heads: int = HEADS) -> None:
         super().__init__()
-        self.mixer = self_modifying(chunk=CHUNK, projection_chunk=CHUNK).build(DIM, HEADS)
-        self.continuum = Continuum(DIM, LEVELS)
+        self.mixer = self_modifying(chunk=CHUNK, projection_chunk=CHUNK).build(dim, heads)
+        self.continuum = Continuum(dim, LEVELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.continuum(x + self.mixer(F.rms_norm(x, (DIM,)))[0])
+        return self.continuum(x + self.mixer(F.rms_norm(x, x.shape[-1:]))[0])
 
 
 class Mixed(nn.Module):
     """A mixer alone, with its norm and residual."""
 
-    def __init__(self, expression: Any) -> None:
+    def __init__(self, expression: Any, dim: int = DIM, heads: int = HEADS) -> None:
         super().__init__()
-        self.mixer = expression.build(DIM, HEADS)
+        self.mixer = expression.build(dim, heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mixer(F.rms_norm(x, (DIM,)))[0]
+        return x + self.mixer(F.rms_norm(x, x.shape[-1:]))[0]
 
 
 def forward(block: nn.Module, x: Tensor) -> None:

@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant("memory/rule.py", "tick = elapsed >= self.period", "tick = elapsed > self.period", "tests/test_rule.py"),
     Mutant("memory/rule.py", "norms.input.cumsum(-1)", "norms.input", "tests/test_sequence.py"),
     Mutant("memory/retention.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_sequence.py"),
-    Mutant("memory/structure.py", "(2.0 - squared) * (g * error)", "squared * (g * error)", "tests/test_fused.py"),
+    Mutant("memory/structure.py", "x, x, value=-1.0)", "x, x, value=1.0)", "tests/test_fused.py"),
     Mutant(
         "sequence/chunk.py", "later(after.start_kept, 1.0)", "later(after.start_kept, 0.0)", "tests/test_sequence.py"
     ),
@@ -106,7 +106,7 @@ MUTANTS = (
         "return _add(answer, scores.mul_(written), writes, 1.0)",
         "tests/test_fused.py",
     ),
-    Mutant("sequence/fused.py", "after.add_(start)", "after.add_(0.0)", "tests/test_fused.py"),
+    Mutant("sequence/fused.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_fused.py"),
     Mutant("sequence/elementwise.py", "d_x[:, :back] += d_head[:, back:]", "pass", "tests/test_elementwise.py"),
     Mutant(
         "sequence/elementwise.py", "by_head, mean, value=-1.0", "by_head, mean, value=1.0", "tests/test_elementwise.py"

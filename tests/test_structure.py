@@ -110,3 +110,17 @@ def test_init_scales_with_the_fan_in_and_repeats_with_the_seed():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_under_autocast_products_are_narrow_and_gradients_are_not():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((2, 5, 8), (2, 3, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = plain((weight,))(0, x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), x @ weight.mT, rtol=0.02, atol=0.05)
+    found = torch.autograd.grad(y.float().square().sum(), (x, weight))
+    expected = torch.autograd.grad((x @ weight.mT).square().sum(), (x, weight))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.5)

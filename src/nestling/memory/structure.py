@@ -75,8 +75,16 @@ class Structure(Part, family=True):
 
 
 def plain(weights: Weights) -> Apply:
-    """The same weights for every token."""
-    return lambda index, inputs: _Linear.apply(inputs, weights[index])
+    """The same weights for every token; under autocast a product in its type, as torch's linear maps have it."""
+
+    def apply(index: int, inputs: Tensor) -> Tensor:
+        weight, device = weights[index], inputs.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            inputs, weight = inputs.to(dtype), weight.to(dtype)
+        return _Linear.apply(inputs, weight)
+
+    return apply
 
 
 class _Linear(torch.autograd.Function):
@@ -213,12 +221,11 @@ class GeluError(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
         error, x = ctx.saved_tensors
         (g,) = grads
-        squared = x * x
-        scale = 1.0 / math.sqrt(2.0 * math.pi)
+        rest = torch.addcmul(x.new_tensor(2.0), x, x, value=-1.0)  # 2 - x^2
+        log_density = torch.add(x.new_tensor(-1.0 - 0.5 * math.log(2.0 * math.pi)), rest, alpha=0.5)
         if torch.is_grad_enabled():
-            return GeluError.apply(g, x), (squared * -0.5).exp() * (2.0 - squared) * (g * error) * scale
-        second = (squared * -0.5).exp_().mul_(squared.neg_().add_(2.0))
-        return torch.ops.aten.gelu_backward(g, x), second.mul_(g).mul_(error).mul_(scale)
+            return GeluError.apply(g, x), log_density.exp() * rest * (g * error)
+        return torch.ops.aten.gelu_backward(g, x), log_density.exp_().mul_(rest).mul_(g).mul_(error)
 
 
 @dataclass(frozen=True, repr=False)

@@ -110,7 +110,7 @@ class Before(NamedTuple):
     """A linear map as it stood before the chunk. Maps [..., n, out, in] that all have the same inputs are taken
     as one map [..., 1, n out, in]."""
 
-    drift: Tensor  # W; its distance from `start`, where there is one
+    weight: Tensor  # W
     start: Tensor | None  # the weight that retention returns to, where it does
     buffer: Tensor | None  # S
     many: int  # n where maps stand above one another, else 1
@@ -118,7 +118,7 @@ class Before(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, plan: Plan, inputs: Tensor) -> "Before":
         many = weight.shape[-3] if stands_for_many(inputs, weight) else 1
-        maps = (weight if plan.start is None else weight - plan.start, plan.start, plan.buffer)
+        maps = (weight, plan.start, plan.buffer)
         if many > 1:
             maps = tuple(x if x is None else x.flatten(-3, -2).unsqueeze(-3) for x in maps)  # type: ignore[assignment]
         return cls(*maps, many)
@@ -180,6 +180,6 @@ def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
     writes, erased, kept = chunk.writes, chunk.erased, stand.kept
     if erased is None or stand.written is stand.kept:
         writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]
-    drift, start, buffer, _ = chunk.before
+    weight, start, buffer, _ = chunk.before
     stood = (stand.start_kept, stand.start_read, stand.written, kept)
-    return chunk.before.apart(Look.apply(queries, drift, start, buffer, chunk.inputs, writes, erased, *stood))
+    return chunk.before.apart(Look.apply(queries, weight, start, buffer, chunk.inputs, writes, erased, *stood))

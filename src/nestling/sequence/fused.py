@@ -43,12 +43,12 @@ def _minus(a: Tensor, b: Tensor) -> Tensor:
         return -(a @ b)
     flat = [x.reshape(-1, *x.shape[-2:]) for x in (a, b)]
     nothing = a.new_empty(len(flat[0]), a.shape[-2], b.shape[-1])
-    return torch.baddbmm(nothing, *flat, beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
+    return nothing.baddbmm_(*flat, beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
 
 
-def _dots(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """sum_k a_k b_k over the last dim, summed to the shape of `like`."""
-    return (a * b).sum(-1).sum_to_size(like.shape)
+def _dots(a: Tensor, b: Tensor, *, own: bool = False) -> Tensor:
+    """sum_k a_k b_k over the last dim; written over an a of one's `own`, where no graph needs it."""
+    return (_times(a, b) if own else a * b).sum(-1)
 
 
 class Decay(Function):
@@ -95,19 +95,19 @@ class Last(Function):
 
 
 class Look(Function):
-    """b * (x D^T) + x Z^T + f * (x S^T) - (x X^T * G) w - (x X^T * B) e: what the weights of every token of a
-    chunk answer to x [..., c, in] -> [..., c, out].
+    """b * (x W^T) + (1 - b) * (x Z^T) + f * (x S^T) - (x X^T * G) w - (x X^T * B) e: what the weights of every token
+    of a chunk answer to x [..., c, in] -> [..., c, out].
 
-    D, Z, S [..., out, in]: the weights before the chunk (less the start), the start, the momentum; X [..., c, in], w, e
-    [..., c, out]: inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand. Z, S with f, b, and e
-    with B may be None.
+    W, Z, S [..., out, in]: the weights before the chunk, the start, the momentum; X [..., c, in], w, e [..., c, out]:
+    inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand. Z with b, S with f, b (then 1), and e with B
+    may be None.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        drift: Tensor,
+        weight: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
         inputs: Tensor,
@@ -118,8 +118,8 @@ class Look(Function):
         written: Tensor,
         kept: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, drift, start, buffer, inputs, writes, erased, b, f, written, kept)
-        answer = _standing(drift, start, buffer, x, b, f)
+        ctx.save_for_backward(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
+        answer = _standing(weight, start, buffer, x, b, f)
         scores = x @ inputs.mT
         if erased is not None and kept is not None:
             answer = _add(answer, scores * kept, erased, -1.0)
@@ -128,9 +128,10 @@ class Look(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g = grads[0].contiguous()  # else every product would copy it
-        x, drift, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
+        x, weight, start, buffer, inputs, writes, erased, b, f, written, kept = ctx.saved_tensors
         d_erased = d_kept = None
-        d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(g, drift, start, buffer, x, b, f)
+        drift = _drift(weight, start)
+        d_x, d_weight, d_start, d_buffer, d_b, d_f = _standing_backward(g, drift, start, buffer, x, b, f)
         scores, across = _minus(x, inputs.mT), g @ writes.mT
         d_writes = (scores * written).mT @ g
         d_written = (across * scores).sum_to_size(written.shape)
@@ -141,7 +142,7 @@ class Look(Function):
             d_kept = (across * scores).sum_to_size(kept.shape)
             d_scores = _plus(d_scores, across, kept)
         d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
-        return d_x, d_drift, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
+        return d_x, d_weight, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
 
 class Write(Function):
@@ -150,22 +151,22 @@ class Write(Function):
     With K = X X^T, the stand b, f, G, B before each token's own step, and b', f', m, G', B', M at
     the end of the chunk::
 
-        known = b * (X D^T) + X Z^T + f * (X S^T) - (K * G) E
+        known = b * (X W^T) + (1 - b) * (X Z^T) + f * (X S^T) - (K * G) E
         r with (1 + K * (B beta + slope G eta)) r = known                      W_{t-1} x_t, token by token
         w = E + slope eta * r         e = beta * r
-        W' = b' D + Z + f' S - (G' * w + B' * e)^T X          S' = m S - (M * w)^T X
+        W' = b' W + (1 - b') Z + f' S - (G' * w + B' * e)^T X          S' = m S - (M * w)^T X
 
-    D = W - Z, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f,
+    W, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f,
     G', B', M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number;
-    eta goes with it. Z, S and its family, b with b', and beta with B and B' may be None. Without beta and slope,
-    r is not needed.
+    eta goes with it. Z, S and its family, b with b' (then 1, and without Z), and beta with B and B' may be None.
+    Without beta and slope, r is not needed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         slope: float,
-        drift: Tensor,
+        weight: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
         x: Tensor,
@@ -186,7 +187,7 @@ class Write(Function):
         seen = erased = None
         writes = fixed
         if eta is not None or beta is not None:
-            known, scores = _standing(drift, start, buffer, x, b, f), x @ x.mT
+            known, scores = _standing(weight, start, buffer, x, b, f), x @ x.mT
             known = _add(known, scores * written, fixed, -1.0)
             system = scores.mul_(_system(slope, eta, beta, written, kept))
             seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
@@ -196,9 +197,7 @@ class Write(Function):
         if beta is not None and seen is not None and kept_end is not None:
             erased = seen * beta[..., None]
             change.addcmul_(erased, kept_end[..., None])
-        after = drift * (1.0 if b_end is None else b_end[..., None, None])
-        if start is not None:
-            after.add_(start)
+        after = _stood(weight, start, b_end)
         after_buffer = None
         if buffer is not None and f_end is not None:
             after.addcmul_(buffer, f_end[..., None, None])
@@ -209,7 +208,7 @@ class Write(Function):
         ctx.slope = slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(drift, start, buffer, x, fixed, eta, beta, b, f, written, kept),
+            *(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept),
             *(b_end, f_end, m_end, written_end, kept_end, decayed, seen),
         )
         return after, after_buffer, fixed.view_as(fixed) if writes is fixed else writes, erased
@@ -217,52 +216,50 @@ class Write(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g, g_buffer, d_writes, d_erased = grads
-        drift, start, buffer, x, fixed, eta, beta, b, f, written, kept, *ends, seen = ctx.saved_tensors
+        weight, start, buffer, x, fixed, eta, beta, b, f, written, kept, *ends, seen = ctx.saved_tensors
         b_end, f_end, m_end, written_end, kept_end, decayed = ends
-        slope = ctx.slope
-        g = torch.zeros_like(drift) if g is None else g.contiguous()
-        g_buffer = torch.zeros_like(drift) if g_buffer is None else g_buffer
+        slope, drift = ctx.slope, _drift(weight, start)
+        g = torch.zeros_like(weight) if g is None else g.contiguous()
+        g_buffer = torch.zeros_like(weight) if g_buffer is None else g_buffer
         d_buffer = d_eta = d_beta = d_b = d_f = d_written = d_kept = None
         d_b_end = d_f_end = d_m_end = d_kept_end = d_decayed = None
         if seen is not None and torch.is_grad_enabled():  # for second derivatives, as a function of what came in
-            known = _standing(drift, start, buffer, x, b, f) - (x @ x.mT * written) @ fixed
+            known = _standing(weight, start, buffer, x, b, f) - (x @ x.mT * written) @ fixed
             system = x @ x.mT * _system(slope, eta, beta, written, kept)
             seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
         writes = fixed if eta is None else torch.addcmul(fixed, seen, eta[..., None], value=slope)
 
         # through the end of the chunk
-        across = _minus(x, g.mT)
-        change = writes * written_end[..., None]
-        d_written_end = _dots(across, writes, written_end)
+        across, change = _minus(x, g.mT), writes * written_end[..., None]
+        d_written_end = _dots(across, writes).sum_to_size(written_end.shape)
+        d_seen = None
         if beta is not None:
-            erased = seen * beta[..., None]
-            change = _plus(change, erased, kept_end[..., None])
-            d_kept_end = _dots(across, erased, kept_end)
-            along = across * kept_end[..., None]
-            d_erased = along if d_erased is None else _sum(along, d_erased)
+            both, along = (beta * kept_end)[..., None], _dots(across, seen)
+            change, d_seen = _plus(change, seen, both), across * both
+            d_beta, d_kept_end = along * kept_end, (along * beta).sum_to_size(kept_end.shape)
+            if d_erased is not None:
+                d_beta, d_seen = d_beta + _dots(d_erased, seen), _plus(d_seen, d_erased, beta[..., None])
+            d_beta = d_beta.sum_to_size(beta.shape)
         across = _times(across, written_end[..., None])
         d_writes = across if d_writes is None else _sum(across, d_writes)
-        d_x, d_start, d_drift = _minus(change, g), None if start is None else g, g
+        d_x, d_start, d_weight = _minus(change, g), None if start is None else g, g
         if b_end is not None:
-            d_b_end, d_drift = (g * drift).sum((-2, -1)).sum_to_size(b_end.shape), g * b_end[..., None, None]
+            d_b_end, d_weight = (g * drift).sum((-2, -1)).sum_to_size(b_end.shape), g * b_end[..., None, None]
         if buffer is not None:
             d_f_end = (g * buffer).sum((-2, -1)).sum_to_size(f_end.shape)
             d_m_end = (g_buffer * buffer).sum((-2, -1)).sum_to_size(m_end.shape)
             d_buffer = _plus(g * f_end[..., None, None], g_buffer, m_end[..., None, None])
             across = _minus(x, g_buffer.mT)
-            d_decayed = _dots(across, writes, decayed)
             d_writes = _plus(d_writes, across, decayed[..., None])
+            d_decayed = _dots(across, writes, own=True).sum_to_size(decayed.shape)
             d_x = _add(d_x, writes * decayed[..., None], g_buffer, -1.0)
         d_fixed = d_writes
 
         # through what the writes and the erases have read
         if seen is not None:
-            d_seen = None
             if eta is not None:
-                d_eta, d_seen = slope * _dots(d_writes, seen, eta), d_writes * (slope * eta[..., None])
-            if beta is not None:
-                d_beta, along = _dots(d_erased, seen, beta), _times(d_erased, beta[..., None])
-                d_seen = along if d_seen is None else _sum(along, d_seen)
+                d_eta, along = slope * _dots(d_writes, seen).sum_to_size(eta.shape), slope * eta[..., None]
+                d_seen = d_writes * along if d_seen is None else _plus(d_seen, d_writes, along)
             scores, inner = x @ x.mT, _system(slope, eta, beta, written, kept)
             d_known = torch.linalg.solve_triangular((scores * inner).mT, d_seen, upper=True, unitriangular=True)
             d_inner, across = _minus(d_known, seen.mT), _minus(d_known, fixed.mT)
@@ -277,29 +274,44 @@ class Write(Function):
             d_written = d_written.sum_to_size(written.shape)
             d_fixed = _add(d_fixed, _times(scores, written).mT, d_known, -1.0)
             d_x = _add(d_x, d_scores + d_scores.mT, x)
-            d_x, d_drift, d_start, d_buffer, d_b, d_f = _standing_backward(
-                d_known, drift, start, buffer, x, b, f, (d_x, d_drift, d_start, d_buffer)
+            d_x, d_weight, d_start, d_buffer, d_b, d_f = _standing_backward(
+                d_known, drift, start, buffer, x, b, f, (d_x, d_weight, d_start, d_buffer)
             )
+        elif start is not None:
+            d_start = g - d_weight
         return (
-            *(None, d_drift, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
+            *(None, d_weight, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
             *(d_b_end, d_f_end, d_m_end, d_written_end, d_kept_end, d_decayed),
         )
 
 
-def _sum(own: Tensor, x: Tensor) -> Tensor:
-    """own + x, written over one's own where no graph needs it."""
-    return own + x if torch.is_grad_enabled() else own.add_(x)
+def _sum(own: Tensor, x: Tensor, times: float = 1.0) -> Tensor:
+    """own + times x, written over one's own where no graph needs it."""
+    return torch.add(own, x, alpha=times) if torch.is_grad_enabled() else own.add_(x, alpha=times)
+
+
+def _drift(weight: Tensor, start: Tensor | None) -> Tensor:
+    """W - Z, what a chunk's retention acts on."""
+    return weight if start is None else weight - start
+
+
+def _stood(weight: Tensor, start: Tensor | None, b: Tensor | None) -> Tensor:
+    """b W + (1 - b) Z, a tensor of its own."""
+    if start is None or b is None:
+        return weight * (1.0 if b is None else b[..., None, None])
+    return torch.lerp(start, weight, b[..., None, None])
 
 
 def _standing(
-    drift: Tensor, start: Tensor | None, buffer: Tensor | None, x: Tensor, b: Tensor | None, f: Tensor | None
+    weight: Tensor, start: Tensor | None, buffer: Tensor | None, x: Tensor, b: Tensor | None, f: Tensor | None
 ) -> Tensor:
-    """b * (x D^T) + x Z^T + f * (x S^T): the answer of what stood before the chunk."""
-    answer = x @ drift.mT
-    if b is not None:
+    """b * (x W^T) + (1 - b) * (x Z^T) + f * (x S^T): the answer of what stood before the chunk."""
+    answer = x @ weight.mT
+    if b is not None and start is not None:
+        how = torch.lerp if torch.is_grad_enabled() else Tensor.lerp_
+        answer = how(x @ start.mT, answer, b[..., None])
+    elif b is not None:
         answer = _times(answer, b[..., None])
-    if start is not None:
-        answer = _add(answer, x, start.mT)
     if buffer is not None and f is not None:
         answer = _plus(answer, x @ buffer.mT, f[..., None])
     return answer
@@ -315,26 +327,27 @@ def _standing_backward(
     f: Tensor | None,
     totals: tuple[Any, ...] = (None, None, None, None),
 ) -> Any:
-    """Gradients of x, D, Z, S, b and f; the first four added to `totals`."""
-    d_x, d_drift, d_start, d_buffer = totals
+    """Gradients of x, W, Z, S, b and f, given W - Z; the first four added to `totals`: those of x and S, and of W
+    where there is b, are one's own."""
+    d_x, d_weight, d_start, d_buffer = totals
     d_b = d_f = None
 
-    def add(total: Tensor | None, a: Tensor) -> Tensor:
-        return g.mT @ a if total is None else _add(total, g.mT, a, own=False)
+    def add(total: Tensor | None, a: Tensor, own: bool = True) -> Tensor:
+        return g.mT @ a if total is None else _add(total, g.mT, a, own=own)
 
     if b is None:
-        d_drift, d_x = add(d_drift, x), g @ drift if d_x is None else _add(d_x, g, drift)
+        d_weight, d_x = add(d_weight, x, False), g @ drift if d_x is None else _add(d_x, g, drift)
     else:
         along = g @ drift
-        d_b, d_drift = _dots(along, x, b), add(d_drift, x * b[..., None])
-        d_x = _times(along, b[..., None]) if d_x is None else _plus(d_x, along, b[..., None])
-    if start is not None:
-        d_x, d_start = _add(d_x, g, start), add(d_start, x)
+        d_x = along * b[..., None] if d_x is None else _plus(d_x, along, b[..., None])
+        d_b, d_weight = _dots(along, x, own=True).sum_to_size(b.shape), add(d_weight, x * b[..., None])
+        if start is not None:
+            d_x, d_start = _add(d_x, g, start), _sum(add(d_start, x, False), d_weight, -1.0)
     if buffer is not None and f is not None:
         along = g @ buffer
-        d_f, d_buffer = _dots(along, x, f), add(d_buffer, x * f[..., None])
         d_x = _plus(d_x, along, f[..., None])
-    return d_x, d_drift, d_start, d_buffer, d_b, d_f
+        d_f, d_buffer = _dots(along, x, own=True).sum_to_size(f.shape), add(d_buffer, x * f[..., None])
+    return d_x, d_weight, d_start, d_buffer, d_b, d_f
 
 
 def _system(slope: float, eta: Tensor | None, beta: Tensor | None, written: Tensor, kept: Tensor | None) -> Tensor:

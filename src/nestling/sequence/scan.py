@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
+from nestling.memory.gradient import SquaredNorms
 from nestling.memory.retention import decay_to_anchor, decay_to_start
 from nestling.memory.rule import (
     ChunkEnd,
@@ -325,8 +326,9 @@ class Memory:
         """The rule's plan for one linear map with inputs [b, h, c, in], or [b, h, n, c, in] where memories run
         together; and the squared norms of those inputs."""
         gates, counted = self._gates(pairs)
-        squared = inputs.square().sum(-1) if counted is None else inputs.square().sum(-1) * counted
-        norms = Norms(squared, None if error is None else error.square().sum(-1))
+        squared = SquaredNorms.apply(inputs)
+        squared = squared if counted is None else squared * counted
+        norms = Norms(squared, None if error is None else SquaredNorms.apply(error))
         plan = self.rule.plan(gates, norms, rule_state, self.exact)
         if counted is None:
             return plan, squared

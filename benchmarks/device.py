@@ -1,0 +1,137 @@
+"""Forward and backward of the blocks on one device, beside the rate that its matrix products reach.
+
+    python benchmarks/device.py --device cuda --dtype bfloat16
+
+The blocks are those of benchmarks/sequence.py, timed in turn at --batch, --length and --width. A narrower --dtype is
+that of torch's autocast: what memories write and read stays in float32, and what gains are the products around them.
+Reported beside times: the multiplications and additions of matrix products (as torch counts them) a second, and what
+share they are of those that one large product of the same type does a second. Results go to device_DEVICE_DTYPE.json.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sequence import CHUNK, Hope, Mixed, TransformerBlock, interleaved
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nestling.memory import mlp
+from nestling.sequence import self_modifying, sequence_memory
+from nestling.tasks.record import write_result
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build(dim: int, heads: int) -> dict[str, nn.Module]:
+    return {
+        "transformer block": TransformerBlock(dim=dim, heads=heads),
+        "titans mixer": Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK), dim, heads),
+        "self-modifying mixer": Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK), dim, heads),
+        "hope block": Hope(dim, heads),
+    }
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """Operations a second of one product of large square matrices: the median."""
+    size = 512 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def multiply() -> None:
+        a @ b
+        wait(device)
+
+    return 2.0 * size**3 / statistics.median(interleaved({"": multiply}, repeats)[""])
+
+
+def operations(run: Callable[[], None]) -> int:
+    """Multiplications and additions in the matrix products of one run."""
+
+    def batched(total: torch.Size, a: torch.Size, b: torch.Size, **rest: Any) -> int:
+        return 2 * a.numel() * b[-1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: batched}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_mb(run: Callable[[], None], device: torch.device) -> float | None:
+    """Peak memory of one run above what is held before it; None where torch does not keep count."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
+def measure(x: Tensor, blocks: dict[str, nn.Module], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    def runner(block: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            block.zero_grad(set_to_none=True)
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                loss = block(x).square().mean()
+            loss.backward()
+            wait(x.device)
+
+        return run
+
+    cases = {name: runner(block) for name, block in blocks.items()}
+    rate = matrix_rate(x.device, dtype, max(repeats, 10))
+    times = interleaved(cases, repeats)
+    rows: dict[str, Any] = {}
+    for name, own in times.items():
+        seconds, done = statistics.median(own), operations(cases[name])
+        ratios = [a / b for a, b in zip(own, times["transformer block"], strict=True)]
+        rows[name] = {
+            "ms": round(1e3 * seconds, 2),
+            "tokens_per_s": round(x.shape[0] * x.shape[1] / seconds),
+            "times_transformer": round(statistics.median(ratios), 3),
+            "operations": done,
+            "teraflops_per_s": round(done / seconds / 1e12, 3),
+            "share_of_matrix_rate": round(done / seconds / rate, 4),
+            "peak_mb": peak_mb(cases[name], x.device),
+        }
+    return {"matrix_rate_teraflops_per_s": round(rate / 1e12, 3), "forward+backward": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4096, help="tokens")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    asked = parser.parse_args(arguments)
+    if asked.device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no such device here; --device cpu runs everywhere")
+    torch.manual_seed(0)
+    x = torch.randn(asked.batch, asked.length, asked.width, device=asked.device)
+    blocks = {name: block.to(asked.device) for name, block in build(asked.width, asked.heads).items()}
+    result = {
+        "what": "benchmarks/device.py",
+        "device": torch.cuda.get_device_name(asked.device) if asked.device.type == "cuda" else asked.device.type,
+        "dtype": asked.dtype,
+        "shape": {name: getattr(asked, name) for name in ("batch", "length", "width", "heads")} | {"chunk": CHUNK},
+        "repeats": asked.repeats,
+        **measure(x, blocks, DTYPES[asked.dtype], asked.repeats),
+    }
+    write_result(asked.out, f"device_{asked.device.type}_{asked.dtype}", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,7 @@ class Caching(MixerModule):
     There is one gate a head: u_t and p_i are cut into heads. A segment goes on from the weights that the one before
     it ended on. Of the earlier segments the last `slots` are kept. "sparse" reads them all and drops the rest: what it
     saves is not time. "soup" averages a set of weights for every token, and is slow. x [b, t, d] -> [b, t, d].
-    Oracle: tests/test_caching.py.
+    Oracle: `naive_blocks.gated_caching`, tests/test_caching.py.
     """
 
     def __init__(

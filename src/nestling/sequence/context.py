@@ -76,7 +76,7 @@ class MemoryAsContext(MixerModule):
     with token j's query, so tokens before j must not see it although it stands before the segment; and the gate's
     read is of the memory after token t's write, not after the segment's. h_j and x_j have the position of j, the
     persistent tokens none; only the x_j have been through the convolution. x [b, t, d] -> [b, t, d].
-    Oracle: tests/test_titans.py. Raises ValueError when heads do not divide dim, or a head is of odd width.
+    Oracle: `naive_blocks.mac`. Raises ValueError when heads do not divide dim, or a head is of odd width.
     """
 
     def __init__(self, dim: int, heads: int, expression: mac = mac(), generator: torch.Generator | None = None) -> None:

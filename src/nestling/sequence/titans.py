@@ -88,7 +88,7 @@ class MemoryAsGate(_MemoryAndAttention):
     In the paper persistent tokens stand before the sequence for both branches. A memory would write them before the
     first token, which makes its state there a function of parameters alone; that state is a parameter here (the
     learned start), so the memory meets x only, and only the attention has them, as a prefix that it always sees.
-    x [b, t, d] -> [b, t, d]. Oracle: tests/test_titans.py.
+    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.mag`.
     """
 
     def __init__(self, dim: int, heads: int, expression: mag = mag(), generator: torch.Generator | None = None) -> None:
@@ -114,7 +114,7 @@ class MemoryAsLayer(_MemoryAndAttention):
 
     What a memory would read for persistent tokens before the first token is a function of parameters alone: they are
     learned here as what the attention sees, behind the memory. The norm between the two is this library's: softmax
-    is sensitive to the scale that a memory reads at. x [b, t, d] -> [b, t, d]. Oracle: tests/test_titans.py.
+    is sensitive to the scale that a memory reads at. x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.mal`.
     """
 
     def __init__(self, dim: int, heads: int, expression: mal = mal(), generator: torch.Generator | None = None) -> None:

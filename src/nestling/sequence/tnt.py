@@ -60,7 +60,7 @@ class Shards(MixerModule):
 
     A memory is fitted on keys and read with queries: C takes a query to where keys have been. Its length is left as
     the sum makes it, as in the paper. The short convolution goes on over a shard's edge, a document's start ends both.
-    x [b, t, d] -> [b, t, d]. Oracle: tests/test_tnt.py.
+    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.tnt`, tests/test_tnt.py.
     """
 
     def __init__(

@@ -1,7 +1,10 @@
 """Parts print as the line that builds them, and are parsed back from it and from nothing else."""
 
 import dataclasses
+import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -48,6 +51,52 @@ from nestling.memory.rule import (
 )
 from nestling.memory.structure import Structure, gated_mlp, matrix, mlp, together
 from nestling.sequence import attention, mac, mag, mal, memora, moneta, self_modifying, sequence_memory, yaad
+
+FAMILIES = (
+    "AttentionalBias",
+    "FeatureMap",
+    "Gating",
+    "Mixer",
+    "Preparation",
+    "Retention",
+    "Rule",
+    "Streams",
+    "Structure",
+)
+TOLD = {
+    name: part
+    for family in Part.__subclasses__()
+    if family.__name__ in FAMILIES
+    for name, part in family.variants.items()
+    if part.__module__.startswith("nestling.")
+}
+SOURCES = (
+    r"Sources?: |\d{4}\.\d{5}|[Ee]quations? \d|Miras|Titans|ATLAS|LaCT|TTT|Nested Learning|torch|et al\.| \d{4}[.)]"
+)
+
+
+@pytest.mark.parametrize("name", sorted(TOLD))
+def test_a_part_tells_its_source_and_its_oracle(name):
+    """And the oracle that it names is there."""
+    told = TOLD[name].__doc__
+    text, found, oracle = re.split(r"(\bOracles?:\s)", told, maxsplit=1) if "Oracle" in told else (told, "", "")
+    assert found, "no oracle"
+    assert re.search(SOURCES, text), "no source"
+    for file in re.findall(r"tests/(\w+\.py)", oracle):
+        assert (Path(__file__).parent / file).exists(), file
+    for named in re.findall(r"`((?:memory\.|sequence\.)?(?:naive|oracles|zoo)\w*[\w.]*)`", oracle):
+        room = "nestling." if named.startswith(("memory.", "sequence.")) else "nestling.sequence."
+        *module, last = f"{room}{named}".split(".")
+        try:
+            importlib.import_module(".".join([*module, last]))
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(".".join(module)), last), named
+
+
+def test_no_family_of_parts_is_left_out():
+    assert set(FAMILIES) <= {family.__name__ for family in Part.__subclasses__()}
+    assert len(TOLD) > 70
+
 
 directions = st.recursive(
     st.just(surprise()),

@@ -24,6 +24,7 @@ class caching(Mixer):
     segment: tokens, a multiple of the memory's chunk. slots: how many ends are kept; the oldest makes room, so that
     the state does not grow with the document. read: "residual", the sum of all; "gated", weighted by what the token
     asks for; "soup", the weights themselves averaged, read once; "sparse", gated over the `top` best and the present.
+    Source: 2602.24281. Oracle: `naive_blocks.gated_caching`.
     """
 
     memory: sequence_memory = sequence_memory()

@@ -17,7 +17,8 @@ from .streams import Given, Streams, delta_product_streams
 @dataclass(frozen=True, repr=False)
 class linear_mixer(Mixer):
     """A linear recurrence with its paper's streams and gates: the expression of `LinearMixer`. Exact at every chunk
-    size: `chunk` only says how many tokens are taken at once. convolution: its width; 1 for none."""
+    size: `chunk` only says how many tokens are taken at once. convolution: its width; 1 for none. Sources: those of its
+    streams. Oracles: `naive_layers`, one for each."""
 
     streams: Streams = delta_product_streams()
     chunk: int = 64

@@ -29,7 +29,8 @@ class _beside_attention(Mixer, abstract=True):
 @dataclass(frozen=True, repr=False)
 class mag(_beside_attention):
     """Memory as a gate: attention over the last `window` tokens and a memory side by side, multiplied. persistent:
-    learned tokens that every query of the attention sees. The expression of `MemoryAsGate`."""
+    learned tokens that every query of the attention sees. The expression of `MemoryAsGate`. Source: Titans 26 to 28.
+    Oracle: `naive_blocks.mag`."""
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MemoryAsGate":
         return MemoryAsGate(dim, heads, self, generator)
@@ -38,7 +39,8 @@ class mag(_beside_attention):
 @dataclass(frozen=True, repr=False)
 class mal(_beside_attention):
     """Memory as a layer: what the memory reads is what attention over the last `window` tokens attends to.
-    persistent: learned tokens that every query of the attention sees. The expression of `MemoryAsLayer`."""
+    persistent: learned tokens that every query of the attention sees. The expression of `MemoryAsLayer`. Source: Titans
+    29 to 31. Oracle: `naive_blocks.mal`."""
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MemoryAsLayer":
         return MemoryAsLayer(dim, heads, self, generator)

@@ -98,6 +98,35 @@ def test_no_family_of_parts_is_left_out():
     assert len(TOLD) > 70
 
 
+@pytest.mark.parametrize(
+    ("text", "field", "stands"),
+    [
+        ("linear_mixer(gradient_descent())", "streams must be one of Streams", "gradient_descent"),
+        ("linear_mixer(kda_gates())", "streams must be one of Streams", "kda_gates"),
+        ("hgrn2_streams(kda_gates())", "floor must be a plain value", "kda_gates"),
+        ("rwkv7_streams(kda_gates())", "rank must be a plain value", "kda_gates"),
+        ("delta_product_streams(mesa_streams())", "steps must be a plain value", "mesa_streams"),
+        ("comba_streams(l2())", "gating must be one of Gating", "l2"),
+        ("mesa_streams(comba_streams())", "gating must be one of Gating", "comba_streams"),
+        ("sequence_memory(comba_streams())", "structure must be one of Structure", "comba_streams"),
+        ("sequence_memory(matrix(), matrix())", "attentional_bias must be one of AttentionalBias", "matrix"),
+        ("sequence_memory(matrix(), l2(), comba_streams())", "rule must be one of Rule", "comba_streams"),
+        ("sequence_memory(gating=silu())", "gating must be one of Gating", "silu"),
+        ("sequence_memory(preparation=comba_streams())", "preparation must be one of Preparation", "comba_streams"),
+        ("window_gates(comba_streams())", "of must be one of Gating", "comba_streams"),
+        ("mag(comba_streams())", "memory must be one of Mixer", "comba_streams"),
+        ("normed(l2())", "of must be one of Structure", "l2"),
+        ("features(matrix(), l2())", "kind must be one of FeatureMap", "l2"),
+        ("together(l2())", "needs one memory's structure", "l2"),
+    ],
+)
+def test_what_cannot_be_combined_is_named_with_what_it_was_put_into(text, field, stands):
+    with pytest.raises(ValueError, match=field) as told:
+        parse(text)
+    assert f"{stands}(" in str(told.value)
+    assert text.split("(")[0] in str(told.value)
+
+
 directions = st.recursive(
     st.just(surprise()),
     lambda inner: st.one_of(

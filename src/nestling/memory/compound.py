@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .feature import FeatureMap, elu_plus_one
+from .part import check_families
 from .structure import Apply, Structure, Weights, check_residual, matrix, mlp
 
 
@@ -16,6 +17,9 @@ class _around(Structure, abstract=True):
     """A structure around another one, whose linear maps it shares."""
 
     of: Structure = matrix()
+
+    def __post_init__(self) -> None:
+        check_families(self)
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -55,6 +59,7 @@ class normed(_around):
     bare = False
 
     def __post_init__(self) -> None:
+        check_families(self)
         if not self.of.bare:
             raise ValueError(f"normed({self.of!r}): needs a structure without a residual or a norm of its own")
 

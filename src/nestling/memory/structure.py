@@ -275,7 +275,7 @@ class together(Structure):
         return self.of.residual
 
     def __post_init__(self) -> None:
-        if isinstance(self.of, together):
+        if isinstance(self.of, together) or not isinstance(self.of, Structure):
             raise ValueError(f"together({self.of!r}): needs one memory's structure, such as matrix() or mlp()")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.part import Part
+from nestling.memory.part import Part, check_families
 from nestling.memory.rule import Gates, Pairs, Rule, dampen, every, momentum
 from nestling.memory.structure import matrix
 
@@ -155,6 +155,9 @@ class around(Gating, abstract=True):
     """Gates around those `of` a kind."""
 
     of: Gating = sigmoid_gates()
+
+    def __post_init__(self) -> None:
+        check_families(self)
 
     @property
     def momentum(self) -> bool:  # type: ignore[override]

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.memory.part import check_families
 from nestling.memory.state import select
 
 from .convolution import ShortConvolution
@@ -32,6 +33,7 @@ class linear_mixer(Mixer):
         return self.streams.choices
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
         if self.way not in ("chunked", "recurrent"):

@@ -77,6 +77,7 @@ class window_gates(_more):
     name = "shares"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "window")
 
     def fits(self, memory: Memory) -> None:
@@ -126,6 +127,7 @@ class map_gates(_more):
     name = "map_steps"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "maps", "start")
 
     def fits(self, memory: Memory) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.part import Part
+from nestling.memory.part import Part, check_families
 
 from .elementwise import unit
 from .gating import SLOWEST, Gating, gated_delta_gates, sigmoid_gates
@@ -86,6 +86,7 @@ class hgrn2_streams(Streams):
     choices = "matrix()", "dot()", "by channel", "gradient_descent()"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if not 0 < self.floor < 1:
             raise ValueError(f"hgrn2_streams: floor must be between 0 and 1, got {self.floor}")
 
@@ -121,6 +122,7 @@ class _gated(Streams, abstract=True):
     gating: Gating = gated_delta_gates()
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.gating.by_channel:
             raise ValueError(f"{type(self).__name__} has one retention a head, {self.gating} one a channel")
         if self.gating.tells or self.gating.placed:
@@ -157,6 +159,7 @@ class delta_product_streams(Streams):
     choices = "matrix()", "l2()", "decay() first", "gradient_descent(), several steps a token"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.steps < 2:
             raise ValueError(
                 f"delta_product_streams: steps must be at least 2 (one: the gated delta rule), got {self.steps}"
@@ -289,6 +292,7 @@ class rwkv7_streams(Streams):
     choices = "matrix()", "l2()", "by channel", "gradient_descent(), a step size a channel"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.rank < 1:
             raise ValueError(f"rwkv7_streams: rank must be at least 1, got {self.rank}")
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.memory.part import check_families
+
 from .attention import AttentionState, attention
 from .layer import sequence_memory
 from .mixer import Mixer, MixerModule
@@ -20,6 +22,7 @@ class _beside_attention(Mixer, abstract=True):
     persistent: int = 16
 
     def __post_init__(self) -> None:
+        check_families(self)
         self.attention()  # says what is wrong with its own numbers
 
     def attention(self) -> attention:

@@ -318,8 +318,11 @@ MUTANTS = (
         "read.sum(2)",
         "tests/test_layout.py",
     ),
-    Mutant("sequence/caching.py", ".masked_fill(~open_to, -torch.inf).topk", ".topk", "tests/test_layout.py"),
-    Mutant("sequence/caching.py", "segments.tokens > 0", "segments.tokens >= 0", "tests/test_caching.py"),
+    Mutant("sequence/segments.py", ".masked_fill(~open_to, -torch.inf).topk", ".topk", "tests/test_layout.py"),
+    Mutant("sequence/segments.py", "segments.tokens > 0", "segments.tokens >= 0", "tests/test_caching.py"),
+    Mutant("sequence/streams.py", "writing = (1, 3, 4)", "writing = (3, 4)", "tests/test_linear_caching.py"),
+    Mutant("sequence/streams.py", "writing = (2,)", "writing = ()", "tests/test_linear_caching.py"),
+    Mutant("sequence/linear_caching.py", "y = own * y +", "y = y +", "tests/test_linear_caching.py"),
     Mutant("sequence/tnt.py", "gates, pairs.valid), queries)", "gates), queries)", "tests/test_layout.py"),
     Mutant(
         "sequence/tnt.py",

@@ -26,7 +26,10 @@ Given = tuple[Tensor, ...]
 
 
 class StreamsModule(nn.Module):
-    """Streams with their weights: `run(prepare(mixed, forward(x)), state)`."""
+    """Streams with their weights: `run(prepare(mixed, forward(x)), state)`. writing: which of the streams a token
+    writes or forgets with, so that without them it only reads."""
+
+    writing: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """What is projected from the tokens beside the convolution: [b, t, d] -> [b, t, n]."""
@@ -43,6 +46,10 @@ class StreamsModule(nn.Module):
     def run(self, given: Given, state: Any, chunk: int, way: str) -> tuple[Tensor, Any]:
         """What is read [b, t, h, v], and the state after it."""
         raise NotImplementedError
+
+    def quiet(self, given: Given) -> Given:
+        """The streams of tokens that read a state and leave it as it is."""
+        return tuple(torch.zeros_like(part) if i in self.writing else part for i, part in enumerate(given))
 
 
 class Streams(Part, family=True):
@@ -95,6 +102,8 @@ class hgrn2_streams(Streams):
 
 
 class Hgrn2Streams(_OneMatrix):
+    writing = (2,)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: hgrn2_streams, generator: torch.Generator | None
     ) -> None:
@@ -176,6 +185,8 @@ class delta_product_streams(Streams):
 
 
 class DeltaProductStreams(_Gated):
+    writing = (3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: delta_product_streams, generator: torch.Generator | None
     ) -> None:
@@ -215,6 +226,8 @@ class comba_streams(_gated):
 
 
 class CombaStreams(_Gated):
+    writing = (4, 5)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: comba_streams, generator: torch.Generator | None
     ) -> None:
@@ -257,6 +270,8 @@ class mesa_streams(_gated):
 
 
 class MesaStreams(_Gated):
+    writing = (3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: mesa_streams, generator: torch.Generator | None
     ) -> None:
@@ -301,6 +316,8 @@ class rwkv7_streams(Streams):
 
 
 class Rwkv7Streams(_OneMatrix):
+    writing = (1, 3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: rwkv7_streams, generator: torch.Generator | None
     ) -> None:

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant("learner/fold.py", "if state.source not in (None, event.source):", "if False:", "tests/test_life.py"),
     Mutant("learner/fold.py", "if event.ends:", "if True:", "tests/test_life.py"),
-    Mutant("learner/forgetting.py", "parent = kept(event.parent)", "parent = event.parent", "tests/test_life.py"),
+    Mutant("learner/forgetting.py", "parent=kept(event.parent)", "parent=event.parent", "tests/test_life.py"),
     Mutant("learner/forgetting.py", " or event.derived in tainted", "", "tests/test_life.py"),
     Mutant("learner/forgetting.py", 'journal.ask("VACUUM")', "pass", "tests/test_life.py"),
     Mutant("learner/guards.py", "if not finite:", "if False:", "tests/test_guards.py"),
@@ -44,7 +44,7 @@ MUTANTS = (
         "s.number not in newest and",
         "tests/test_conversations.py",
     ),
-    Mutant("learner/talks.py", "self._at_hand[0] != number", "False", "tests/test_conversations.py"),
+    Mutant("learner/talks.py", "self._at_hand[0] != sums", "False", "tests/test_conversations.py"),
     Mutant("learner/verify.py", "(report.notes if differs else report.problems)", "report.notes", "tests/test_life.py"),
     Mutant(
         "learner/verify.py", "(report.notes if differs else report.problems)", "report.problems", "tests/test_life.py"
@@ -307,8 +307,8 @@ MUTANTS = (
     ),
     Mutant(
         "sequence/linear_mixer.py",
-        "torch.autocast(x.device.type, enabled=False)",
-        "torch.autocast(x.device.type)",
+        "enabled=False):\n            y, memory",
+        "enabled=True):\n            y, memory",
         "tests/test_layout.py",
     ),
     Mutant("sequence/linear_mixer.py", "if held is not None:", "if False:", "tests/test_layout.py"),

@@ -187,7 +187,8 @@ def test_checkpointing_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("caching(attention())", r"states are kept of a sequence_memory\(\), not of attention\(\)"),
+        ("caching(attention())", r"of a sequence_memory\(\) or a linear_mixer\(\), not of attention\(\)"),
+        ("caching(linear_mixer(), read='soup')", r"averages the weights of a sequence_memory\(\), not of linear_mixer"),
         ("caching(segment=100)", "segment must be a multiple of the memory's chunk 64, got 100"),
         ("caching(read='all')", "read must be one of .*got 'all'"),
         ("caching(slots=0)", "slots must be at least 1, got 0"),

@@ -301,6 +301,8 @@ def test_bad_options_of_a_group_are_named(option, message):
     with pytest.raises(ValueError, match=message):
         SGD([{"params": [first], **option}], lr=0.1)
     optimizer = SGD([{"params": [first], "initial_lr": 0.1, "foreach": None}], lr=0.1)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "foreach": None})
+    assert "foreach" not in optimizer.param_groups.pop()
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [second], **option})
     assert len(optimizer.param_groups) == 1
@@ -342,6 +344,54 @@ def test_what_torch_is_told_about_computing_is_taken_or_refused(name):
                 OPTIMIZERS[name](net.parameters(), **{option: True})
     with pytest.raises(ValueError, match="unknown option of Muon 'foreach'"):
         Muon(net.parameters(), foreach=None)
+
+
+OTHERWISE = {
+    "lr": 0.03,
+    "momentum": 0.6,
+    "dampening": 0.4,
+    "weight_decay": 0.3,
+    "nesterov": lambda default: not default,
+    "maximize": True,
+    "lr_decay": 0.5,
+    "initial_accumulator_value": 0.5,
+    "eps": 0.1,
+    "alpha": 0.2,
+    "beta": 0.5,
+    "betas": lambda default: (0.5, 0.6, 0.4)[: len(default)],
+    "centered": True,
+    "amsgrad": True,
+    "ns_coefficients": (1.5, -0.5, 0.0),
+    "ns_steps": 2,
+    "adjust_lr_fn": "match_rms_adamw",
+    "precision": "weight",
+    "form": {"exact": "averaged", "bounded": "literal", "units": "ones"}.get,
+    "reduction": "sum",
+    "structure": "matrix()",
+    "objective": "huber_norm(bound=0.01)",
+    "seed": 1,
+    "mode": "paper",
+    "periods": 1,
+}
+"""A value that is no default, or what makes one of the default."""
+NEEDED = {"dampening": {"momentum": 0.5}, "nesterov": {"momentum": 0.5}, "amsgrad": {"betas": (0.5, 0.2)}}
+"""What else an option needs in order to mean anything."""
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name in NAMES for option in inspect.signature(OPTIMIZERS[name].expression).parameters],
+)
+def test_every_option_is_alive(name, option):
+    base, value = {"periods": 2} if name == "M3" else {}, OTHERWISE[option]
+    base |= NEEDED.get(option, {})
+    default = inspect.signature(OPTIMIZERS[name].expression).parameters[option].default
+    found = []
+    for more in ({}, {option: value(default) if callable(value) else value}):
+        net = small_net()
+        train(net, OPTIMIZERS[name](net.parameters(), **base | more), range(6))
+        found.append(vector(net))
+    assert (found[0] - found[1]).abs().max() > 1e-9
 
 
 @pytest.mark.parametrize("name", ["Muon", "M3", "DeltaGradientDescent", "DeltaMomentum", "SGD", "AdamW"])

@@ -1,7 +1,10 @@
 """Parts print as the line that builds them, and are parsed back from it and from nothing else."""
 
 import dataclasses
+import importlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -48,6 +51,81 @@ from nestling.memory.rule import (
 )
 from nestling.memory.structure import Structure, gated_mlp, matrix, mlp, together
 from nestling.sequence import attention, mac, mag, mal, memora, moneta, self_modifying, sequence_memory, yaad
+
+FAMILIES = (
+    "AttentionalBias",
+    "FeatureMap",
+    "Gating",
+    "Mixer",
+    "Preparation",
+    "Retention",
+    "Rule",
+    "Streams",
+    "Structure",
+)
+TOLD = {
+    name: part
+    for family in Part.__subclasses__()
+    if family.__name__ in FAMILIES
+    for name, part in family.variants.items()
+    if part.__module__.startswith("nestling.")
+}
+SOURCES = (
+    r"Sources?: |\d{4}\.\d{5}|[Ee]quations? \d|Miras|Titans|ATLAS|LaCT|TTT|Nested Learning|torch|et al\.| \d{4}[.)]"
+)
+
+
+@pytest.mark.parametrize("name", sorted(TOLD))
+def test_a_part_tells_its_source_and_its_oracle(name):
+    """And the oracle that it names is there."""
+    told = TOLD[name].__doc__
+    text, found, oracle = re.split(r"(\bOracles?:\s)", told, maxsplit=1) if "Oracle" in told else (told, "", "")
+    assert found, "no oracle"
+    assert re.search(SOURCES, text), "no source"
+    for file in re.findall(r"tests/(\w+\.py)", oracle):
+        assert (Path(__file__).parent / file).exists(), file
+    for named in re.findall(r"`((?:memory\.|sequence\.)?(?:naive|oracles|zoo)\w*[\w.]*)`", oracle):
+        room = "nestling." if named.startswith(("memory.", "sequence.")) else "nestling.sequence."
+        *module, last = f"{room}{named}".split(".")
+        try:
+            importlib.import_module(".".join([*module, last]))
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(".".join(module)), last), named
+
+
+def test_no_family_of_parts_is_left_out():
+    assert set(FAMILIES) <= {family.__name__ for family in Part.__subclasses__()}
+    assert len(TOLD) > 70
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "stands"),
+    [
+        ("linear_mixer(gradient_descent())", "streams must be one of Streams", "gradient_descent"),
+        ("linear_mixer(kda_gates())", "streams must be one of Streams", "kda_gates"),
+        ("hgrn2_streams(kda_gates())", "floor must be a plain value", "kda_gates"),
+        ("rwkv7_streams(kda_gates())", "rank must be a plain value", "kda_gates"),
+        ("delta_product_streams(mesa_streams())", "steps must be a plain value", "mesa_streams"),
+        ("comba_streams(l2())", "gating must be one of Gating", "l2"),
+        ("mesa_streams(comba_streams())", "gating must be one of Gating", "comba_streams"),
+        ("sequence_memory(comba_streams())", "structure must be one of Structure", "comba_streams"),
+        ("sequence_memory(matrix(), matrix())", "attentional_bias must be one of AttentionalBias", "matrix"),
+        ("sequence_memory(matrix(), l2(), comba_streams())", "rule must be one of Rule", "comba_streams"),
+        ("sequence_memory(gating=silu())", "gating must be one of Gating", "silu"),
+        ("sequence_memory(preparation=comba_streams())", "preparation must be one of Preparation", "comba_streams"),
+        ("window_gates(comba_streams())", "of must be one of Gating", "comba_streams"),
+        ("mag(comba_streams())", "memory must be one of Mixer", "comba_streams"),
+        ("normed(l2())", "of must be one of Structure", "l2"),
+        ("features(matrix(), l2())", "kind must be one of FeatureMap", "l2"),
+        ("together(l2())", "needs one memory's structure", "l2"),
+    ],
+)
+def test_what_cannot_be_combined_is_named_with_what_it_was_put_into(text, field, stands):
+    with pytest.raises(ValueError, match=field) as told:
+        parse(text)
+    assert f"{stands}(" in str(told.value)
+    assert text.split("(")[0] in str(told.value)
+
 
 directions = st.recursive(
     st.just(surprise()),

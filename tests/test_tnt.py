@@ -115,6 +115,7 @@ def test_tnt_is_the_sum_of_its_parts() -> None:
     assert [part.expression.memory.chunk for part in local] == [2, 4]
     assert whole.memory.read == "boundary"
     assert len(state.mixers) == 3
+    assert [part.queries for part in tnt(queries="raw").parts().mixers[1:]] == ["raw", "raw"]
 
 
 def test_the_whole_documents_memory_is_read_where_its_chunk_opened() -> None:

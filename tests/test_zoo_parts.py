@@ -78,6 +78,21 @@ def test_where_they_start():
         torch.testing.assert_close(told, torch.full_like(told, value), rtol=1e-4, atol=1e-6)
 
 
+def test_where_streams_start():
+    """At the numbers that their parts name."""
+    made = {
+        name: dict(streams.build(8, 2, 4, torch.Generator().manual_seed(0)).named_parameters())
+        for name, streams in (
+            ("hgrn2", hgrn2_streams(floor=0.7)),
+            ("mesa", mesa_streams(ridge=0.4)),
+            ("comba", comba_streams(feedback=0.3)),
+        )
+    }
+    torch.testing.assert_close(made["hgrn2"]["floor"].sigmoid(), torch.full((8,), 0.7))
+    torch.testing.assert_close(F.softplus(made["mesa"]["ridge"]) + 0.4, torch.ones(2, 4))
+    assert made["comba"]["feedback"].tolist() == pytest.approx([0.3, 0.3])
+
+
 def test_unit_steps_are_one_and_forget_nothing():
     module = unit_steps().build(8, 2, 4, torch.Generator().manual_seed(0))
     step_size, kept, log_retention = module.choose(module(X), 0.1)

@@ -69,7 +69,7 @@ class Transform(_wrapper, abstract=True):
 @dataclass(frozen=True, repr=False)
 class ridge(Transform):
     """g <- g + strength * W: the gradient of the loss plus strength |W|^2 / 2; torch's weight_decay where it is not
-    decoupled. `retain(decay(), ...)` is the decoupled one."""
+    decoupled. `retain(decay(), ...)` is the decoupled one. Oracle: torch.optim.SGD."""
 
     of: Direction = surprise()
     strength: float = 0.01
@@ -84,7 +84,7 @@ class ridge(Transform):
 
 @dataclass(frozen=True, repr=False)
 class ascent(Transform):
-    """g <- -g: the objective is to grow; torch's maximize."""
+    """g <- -g: the objective is to grow; torch's maximize. Oracle: torch.optim.SGD."""
 
     of: Direction = surprise()
 
@@ -96,7 +96,7 @@ class ascent(Transform):
 class nesterov(momentum):
     """S <- momentum * S + a, a the update of `of`; update = a + momentum * S: momentum, read a step ahead.
 
-    torch's SGD: `nesterov(surprise())`; its Muon: `nesterov(dampen(surprise()))`.
+    torch's SGD: `nesterov(surprise())`; its Muon: `nesterov(dampen(surprise()))`. Oracle: torch.optim.SGD.
     """
 
     of: Direction = surprise()
@@ -138,7 +138,7 @@ class _counting(_wrapper, abstract=True):
 @dataclass(frozen=True, repr=False)
 class hold_back(_counting):
     """update = (update of `of`) at the first step, (1 - share) times it later: torch's dampening, which lets the
-    first gradient into the buffer whole."""
+    first gradient into the buffer whole. Oracle: torch.optim.SGD."""
 
     of: Direction = surprise()
     share: float = 0.0
@@ -149,7 +149,8 @@ class hold_back(_counting):
 
 @dataclass(frozen=True, repr=False)
 class slow_down(_counting):
-    """update = (update of `of`) / (1 + rate * t), t = 0, 1, ...: torch's lr_decay in Adagrad."""
+    """update = (update of `of`) / (1 + rate * t), t = 0, 1, ...: torch's lr_decay in Adagrad. Oracle:
+    torch.optim.Adagrad."""
 
     of: Direction = surprise()
     rate: float = 0.0
@@ -172,7 +173,8 @@ class AverageState(NamedTuple):
 class average(_wrapper):
     """m <- beta m + (1 - beta) (update of `of`); update = m / (1 - beta^t): Adam's first moment, unbiased.
 
-    Without the correction it is `momentum(dampen(...))` with momentum = beta.
+    Without the correction it is `momentum(dampen(...))` with momentum = beta. Kingma and Ba 2015. Oracle:
+    torch.optim.Adam.
     """
 
     of: Direction = surprise()

@@ -38,7 +38,8 @@ class AttentionalBias(Part, family=True):
 
 @dataclass(frozen=True, repr=False)
 class dot(AttentionalBias):
-    """loss = -<M(k), v>; error = -v. Hebbian: linear attention and its kin (Nested Learning equation 64)."""
+    """loss = -<M(k), v>; error = -v. Hebbian: linear attention and its kin (Nested Learning equation 64). Oracle:
+    `memory.naive`."""
 
     slope: ClassVar[float | None] = 0.0
 
@@ -51,7 +52,7 @@ class dot(AttentionalBias):
 
 @dataclass(frozen=True, repr=False)
 class l2(AttentionalBias):
-    """loss = |M(k) - v|^2 / 2; error = M(k) - v. The delta rule, TTT, Titans (equation 65)."""
+    """loss = |M(k) - v|^2 / 2; error = M(k) - v. The delta rule, TTT, Titans (equation 65). Oracle: `memory.naive`."""
 
     slope: ClassVar[float | None] = 1.0
 
@@ -67,7 +68,8 @@ class residual_l2(AttentionalBias):
     """l2 to the value less the key: loss = |M(k) - (v - k)|^2 / 2 (TTT's target).
 
     The memory learns what the key lacks. Where the structure adds the key itself (a residual), l2() is this already:
-    |k + f(k) - v| = |f(k) - (v - k)|, and this one is refused. Keys and values must be equally wide.
+    |k + f(k) - v| = |f(k) - (v - k)|, and this one is refused. Keys and values must be equally wide. Oracles: autograd
+    of the loss, `memory.naive_miras` (tests/test_attentional_bias.py).
     """
 
     slope: ClassVar[float | None] = 1.0
@@ -96,7 +98,8 @@ class lp(AttentionalBias):
 
     As the paper has it, with the factor p: lp(2) has twice l2's error. p = 1 writes signs alone. The outer gradient
     needs a derivative of the error, so sign(r) is tanh(smooth r), and |r|^(p-1) is (r^2 + 1e-6)^((p-1)/2) (remark 5);
-    `loss` is not smoothed, and `error` is its derivative to that extent only. smooth=inf: both exact.
+    `loss` is not smoothed, and `error` is its derivative to that extent only. smooth=inf: both exact. Oracles: the
+    formula, `memory.naive_miras` (tests/test_attentional_bias.py).
     """
 
     p: float = 3.0
@@ -139,7 +142,8 @@ class Bounded(AttentionalBias, abstract=True):
 
 @dataclass(frozen=True, repr=False)
 class huber_coordinates(Bounded):
-    """Huber's loss of every coordinate: error_j = r_j where |r_j| <= bound, else bound * sign(r_j)."""
+    """Huber's loss of every coordinate: error_j = r_j where |r_j| <= bound, else bound * sign(r_j). Source: Miras,
+    robust biases. Oracles: autograd of the loss, `memory.naive_miras` (tests/test_attentional_bias.py)."""
 
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
         return _huber((read - value).abs(), self.bound).sum(-1)
@@ -152,7 +156,8 @@ class huber_coordinates(Bounded):
 class huber_norm(Bounded):
     """Huber's loss of the residual's norm: error = r * min(1, bound / |r|): l2 with each token's error clipped.
 
-    Unlike `clip`, which bounds the error at every linear map, this bounds it at the memory's answer.
+    Unlike `clip`, which bounds the error at every linear map, this bounds it at the memory's answer. Source: Miras,
+    robust biases. Oracles: autograd of the loss, `memory.naive_miras` (tests/test_attentional_bias.py).
     """
 
     def loss(self, read: Tensor, value: Tensor) -> Tensor:
@@ -170,7 +175,8 @@ class huber_switch(Bounded):
 
     error = r, or bound * tanh(smooth r), the smoothed sign (see `lp`; smooth=inf: exact). l2 is half the square
     here as everywhere, where the paper has the whole. It jumps at the bound: from a norm of `bound` to one of up to
-    bound * sqrt(v); huber_norm() does not. In the paper every token chooses its bound.
+    bound * sqrt(v); huber_norm() does not. In the paper every token chooses its bound. Oracle:
+    `memory.naive_miras.naive_yaad`.
     """
 
     smooth: float = 10.0
@@ -195,7 +201,8 @@ class huber_switch(Bounded):
 @dataclass(frozen=True, repr=False)
 class value_shift(Bounded):
     """The worst case over values shifted by at most `bound`: loss = max_{|d| <= bound} |r - d|^2 / 2 =
-    (|r| + bound)^2 / 2, error = r + bound r / |r| (Miras, robust bias). |r| is sqrt(|r|^2 + 1e-12) in both.
+    (|r| + bound)^2 / 2, error = r + bound r / |r| (Miras, robust bias). |r| is sqrt(|r|^2 + 1e-12) in both. Oracles:
+    autograd of the loss, the worst of many shifts (tests/test_attentional_bias.py).
     """
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .feature import FeatureMap, elu_plus_one
+from .part import check_families
 from .structure import Apply, Structure, Weights, check_residual, matrix, mlp
 
 
@@ -16,6 +17,9 @@ class _around(Structure, abstract=True):
     """A structure around another one, whose linear maps it shares."""
 
     of: Structure = matrix()
+
+    def __post_init__(self) -> None:
+        check_families(self)
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -45,7 +49,8 @@ class normed(_around):
 
         (g - mean g - x^ mean(g x^)) / s
 
-    TTT-Linear is normed(biased(matrix())) with l2(): its target v - k for LN(f) is v for k + LN(f).
+    TTT-Linear is normed(biased(matrix())) with l2(): its target v - k for LN(f) is v for k + LN(f). Oracles: autograd
+    (tests/test_compound.py), `sequence.oracles.ttt`.
     """
 
     of: Structure = mlp(residual=False)
@@ -54,6 +59,7 @@ class normed(_around):
     bare = False
 
     def __post_init__(self) -> None:
+        check_families(self)
         if not self.of.bare:
             raise ValueError(f"normed({self.of!r}): needs a structure without a residual or a norm of its own")
 
@@ -90,7 +96,8 @@ class normed(_around):
 
 @dataclass(frozen=True, repr=False)
 class biased(_around):
-    """`of` with a bias at every linear map: its last column, for a constant input of one. It starts at zero."""
+    """`of` with a bias at every linear map: its last column, for a constant input of one. It starts at zero. Source:
+    TTT (2407.04620), whose maps have biases. Oracle: autograd (tests/test_compound.py)."""
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return tuple((rows, columns + 1) for rows, columns in self.of.shapes(key_dim, value_dim))
@@ -122,7 +129,8 @@ class biased(_around):
 class features(_around):
     """M(k) = `of` at phi(k), and of queries likewise. The inner gradient never passes through phi.
 
-    Raises ValueError, when weights are made, where they would take more than 2 GiB.
+    Raises ValueError, when weights are made, where they would take more than 2 GiB. Sources: ATLAS, section 3;
+    Katharopoulos et al. 2020. Oracle: autograd (tests/test_compound.py).
     """
 
     kind: FeatureMap = elu_plus_one()

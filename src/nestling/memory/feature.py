@@ -28,7 +28,7 @@ class FeatureMap(Part, family=True):
 
 @dataclass(frozen=True, repr=False)
 class identity(FeatureMap):
-    """phi(k) = k."""
+    """phi(k) = k: linear attention as Nested Learning equation 64 has it. Oracle: tests/test_compound.py."""
 
     def width(self, key_dim: int) -> int:
         return key_dim
@@ -39,7 +39,8 @@ class identity(FeatureMap):
 
 @dataclass(frozen=True, repr=False)
 class elu_plus_one(FeatureMap):
-    """phi(k) = elu(k) + 1, positive: linear attention's (Katharopoulos et al. 2020)."""
+    """phi(k) = elu(k) + 1, positive: linear attention's (Katharopoulos et al. 2020). Oracle: the formula
+    (tests/test_compound.py)."""
 
     def width(self, key_dim: int) -> int:
         return key_dim
@@ -51,7 +52,8 @@ class elu_plus_one(FeatureMap):
 @dataclass(frozen=True, repr=False)
 class odd_power(FeatureMap):
     """phi(k) = sign(k) |k|^exponent, channel by channel: with a gradient as key it points where the gradient does, and
-    weighs large entries more (exponent > 1) or less (< 1; towards 0 signs alone)."""
+    weighs large entries more (exponent > 1) or less (< 1; towards 0 signs alone). Source: one choice for the phi of
+    Nested Learning equation 51. Oracle: the formula (tests/test_gradient_memory.py)."""
 
     exponent: float = 3.0
 
@@ -100,6 +102,7 @@ class polynomial(_monomials):
     """<phi(q), phi(k)> = (1 + <q, k>)^degree exactly: monomials with the roots of multinomial weights (ATLAS).
 
     |phi(k)|^2 = 2^degree for a unit key, and what a write changes grows with it: bound the steps, as normalize() does.
+    Oracle: the kernel (tests/test_compound.py).
     """
 
     @staticmethod
@@ -111,7 +114,7 @@ class polynomial(_monomials):
 class exponential(_monomials):
     """<phi(q), phi(k)> = sum_{i <= degree} <q, k>^i / i!: the Taylor series of exp(<q, k>), cut off (ATLAS, phi*).
 
-    The kernel of softmax attention, without its denominator.
+    The kernel of softmax attention, without its denominator. Oracle: the series (tests/test_compound.py).
     """
 
     @staticmethod

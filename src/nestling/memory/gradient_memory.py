@@ -146,6 +146,7 @@ class lift(Transform):
     m <- m - P phi(g) is `momentum(scale(full_matrix_adagrad(lift(surprise(), odd_power(3)))))`.
 
     phi must keep the width of a row, as odd_power() does. Raises ValueError at the first step where it does not.
+    Oracle: the equation written out (tests/test_gradient_memory.py).
     """
 
     of: Direction = surprise()

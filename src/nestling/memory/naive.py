@@ -120,14 +120,16 @@ def naive_window(
     activation, decay_to, dampened, chunk and read. Source: ATLAS, equations 8 to 11, with the signs of descent.
     """
     running, anchor, buffers, reads = list(weights), list(weights), [torch.zeros_like(w) for w in weights], []
+    pairs: dict[int, tuple[list[Tensor], Maps]] = {}  # at the anchor
     for t in range(keys.shape[0]):
         if t % choices.chunk == 0:
-            anchor = list(running)
-        before = tuple(running)
+            anchor, pairs = list(running), {}
+        before, reached = tuple(running), range(max(0, t - window + 1), t + 1)
+        pairs |= {j: _errors(choices, tuple(anchor), keys[j], values[j]) for j in reached if j not in pairs}
         for i in range(len(weights)):
             gradient = torch.zeros_like(weights[i])
-            for other in range(max(0, t - window + 1), t + 1):
-                inputs, errors = _errors(choices, tuple(anchor), keys[other], values[other])
+            for other in reached:
+                inputs, errors = pairs[other]
                 gamma = 1.0 if shares is None else shares[t, t - other]
                 gradient = gradient + gamma * torch.outer(errors[i], inputs[i])
             surprise = -step_size[t] * gradient * ((1 - momentum[t]) if choices.dampened else 1.0)
@@ -311,11 +313,14 @@ def _forward(choices: Choices, weights: Maps, x: Tensor, nudges: list) -> tuple[
 
 def _errors(choices: Choices, weights: Maps, key: Tensor, value: Tensor) -> tuple[list[Tensor], Maps]:
     """The input of each map, and the loss's derivative by a nudge of its output; the value is a constant here."""
-    with torch.enable_grad():
-        nudges = [weight.new_zeros(weight.shape[0], requires_grad=True) for weight in weights]
+
+    def loss(nudges: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         read, inputs = _forward(choices, weights, key, nudges)
-        loss = -(read @ value) if choices.objective == "dot" else 0.5 * (read - value).square().sum()
-        return inputs, torch.autograd.grad(loss, nudges, create_graph=True)
+        return -(read @ value) if choices.objective == "dot" else 0.5 * (read - value).square().sum(), inputs
+
+    # not torch.autograd.grad, which at every token would walk over the graph of all earlier ones
+    errors, inputs = torch.func.grad(loss, has_aux=True)([weight.new_zeros(len(weight)) for weight in weights])
+    return inputs, tuple(errors)
 
 
 def _write(choices: Choices, memory: _Standing, key: Tensor, value: Tensor, gates: Gates) -> _Standing:

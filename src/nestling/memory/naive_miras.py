@@ -101,10 +101,9 @@ def naive_anchored(
 
 def _gradient(memory: Function, slope: Slope, weights: Maps, key: Tensor, value: Tensor) -> Maps:
     """The gradient of the loss by the weights, with a graph; a smoothed slope goes in place of the loss's own."""
-    with torch.enable_grad():
-        weights = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in weights)
-        answer = memory(weights, key)
-        return torch.autograd.grad(answer, weights, slope(answer, value, key), create_graph=True)
+    along = slope(memory(weights, key), value, key)  # a constant of this derivative, but not of the outer one
+    # not torch.autograd.grad, which at every token would walk over the graph of all earlier ones
+    return torch.func.grad(lambda own: memory(own, key) @ along)(weights)
 
 
 def residual_mlp(weights: Maps, key: Tensor) -> Tensor:
@@ -199,3 +198,43 @@ def naive_memora(logits: Maps, flow: Flow, *, scale: float, chunk: int, read: Li
 
     standing = tuple(scale * torch.exp(z) / torch.exp(z).sum(-1, keepdim=True) for z in logits)
     return naive_miras(residual_mlp, slope, standing, flow, step=step, chunk=chunk, read=read)
+
+
+def naive_adam(logits: Maps, flow: Flow, *, p: float, sharpness: float, chunk: int, read: Literal["boundary"]) -> Run:
+    """An l_p objective with KL retention, learned by Adam: for every whole chunk, when the next one opens::
+
+        g = sum_t eta_t grad l_p(W; k_t, v_t) / eta        eta the mean of the chunk's, l_p smoothed as in naive_moneta
+        m = 0.9 m + 0.1 g,  v = 0.999 v + 0.001 g^2        after n steps: m^ = m / (1 - 0.9^n), v^ = v / (1 - 0.999^n)
+        Z <- a Z - eta m^ / (sqrt(v^) + 1e-8)              a the product of the chunk's
+        W = softmax(Z) row by row, M(k) = k + W_2 GELU(W_1 k); tokens of a chunk read what stood before it
+
+    Miras equations 12 and 21; Kingma and Ba 2015; docs/architecture.md.
+    """
+
+    def memory(weights: Maps, key: Tensor) -> Tensor:
+        return key + weights[1] @ F.gelu(weights[0] @ key)
+
+    def slope(answer: Tensor, value: Tensor, key: Tensor) -> Tensor:
+        r = answer - value
+        return p * torch.tanh(sharpness * r) * (r**2 + 1e-6) ** ((p - 1) / 2)
+
+    def expose(standing: Maps) -> Maps:
+        return tuple(torch.exp(z) / torch.exp(z).sum(-1, keepdim=True) for z in standing)
+
+    standing, reads = logits, []
+    means = squares = tuple(torch.zeros_like(z) for z in logits)
+    for n, first in enumerate(range(0, len(flow.keys), chunk)):
+        if n:
+            done = range(first - chunk, first)
+            sizes, kept = flow.step_size[first - chunk : first], flow.retention[first - chunk : first].prod()
+            opened, eta = expose(standing), sizes.mean()
+            gradients = [_gradient(memory, slope, opened, flow.keys[t], flow.values[t]) for t in done]
+            pairs = list(zip(sizes, gradients, strict=True))
+            g = [torch.stack([s * each[i] for s, each in pairs]).sum(0) / eta for i in range(len(logits))]
+            means = tuple(0.9 * m + 0.1 * own for m, own in zip(means, g, strict=True))
+            squares = tuple(0.999 * v + 0.001 * own**2 for v, own in zip(squares, g, strict=True))
+            roots = [(v / (1 - 0.999**n)).sqrt() + 1e-8 for v in squares]
+            updates = [m / (1 - 0.9**n) / root for m, root in zip(means, roots, strict=True)]
+            standing = tuple(kept * z - eta * update for z, update in zip(standing, updates, strict=True))
+        reads += [memory(expose(standing), query) for query in flow.queries[first : first + chunk]]
+    return Run(torch.stack(reads), expose(standing))

@@ -51,7 +51,7 @@ class remember(_remembering):
     step_size, momentum, retention: the memory's own; None: those of the step. `remember(retention=0.9)` is a
     momentum of 0.9; with a clock it is a slow one: `remember(every(100, retain(decay(), gradient_descent())))`; and
     with retention=0 it holds what its rule last said, between two ticks. read="before": the memory as it stood
-    before this gradient. Nested Learning equations 33 to 37.
+    before this gradient. Nested Learning equations 33 to 37. Oracle: `momentum()` (tests/test_nested_optimizers.py).
     """
 
     rule: Rule = retain(decay(), gradient_descent())
@@ -90,7 +90,8 @@ class AddState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class add(Direction):
-    """update = (update of `of`) + share * (update of `other`): two memories of the same gradients, side by side."""
+    """update = (update of `of`) + share * (update of `other`): two memories of the same gradients, side by side.
+    Source: M3, Nested Learning Algorithm 1. Oracle: that written out (tests/test_optimizer_memories.py)."""
 
     of: Direction = gradient_descent()
     other: Direction = momentum()
@@ -130,7 +131,7 @@ class gradient_keys(Rule):
     objectives of m g^T in place of m x. Their sum is g itself, so that only rules that look at keys differ.
 
     `remember(gradient_keys(retain(decay(), delta_gradient_descent())))` is delta momentum, bounded; Nested Learning
-    equations 46 to 49 with P = I.
+    equations 46 to 49 with P = I. Oracle: the recurrence written out (tests/test_optimizer_memories.py).
     """
 
     of: Rule = retain(decay(), gradient_descent())

@@ -59,7 +59,8 @@ class newton_schulz(_wrapper):
 
     The scale of what is inside is lost, a step size there included; it belongs outside: Muon is
     `scale(newton_schulz(momentum(surprise())))`. Batched over leading dims. precision: what the products are
-    computed in, the "weight"'s own dtype or "bfloat16". Nested Learning equations 42 to 44 and 52.
+    computed in, the "weight"'s own dtype or "bfloat16". Nested Learning equations 42 to 44 and 52. Oracles: the
+    iteration written out in float64, torch.optim.Muon (tests/test_optim_torch.py).
     """
 
     of: Direction = momentum(surprise())
@@ -94,7 +95,8 @@ class newton_schulz(_wrapper):
 
 @dataclass(frozen=True, repr=False)
 class match_spectrum(_times):
-    """update = sqrt(max(1, out / in)) * (update of `of`): torch's adjust_lr_fn="original" (Jordan et al. 2024)."""
+    """update = sqrt(max(1, out / in)) * (update of `of`): torch's adjust_lr_fn="original" (Jordan et al. 2024). Oracle:
+    torch.optim.Muon."""
 
     of: Direction = newton_schulz()
 
@@ -109,7 +111,7 @@ class match_spectrum(_times):
 @dataclass(frozen=True, repr=False)
 class match_rms(_times):
     """update = rms * sqrt(max(out, in)) * (update of `of`): an orthogonal update of root mean square `rms`, torch's
-    adjust_lr_fn="match_rms_adamw" (Liu et al. 2025)."""
+    adjust_lr_fn="match_rms_adamw" (Liu et al. 2025). Oracle: the formula (tests/test_optim_torch.py)."""
 
     of: Direction = newton_schulz()
     rms: float = 0.2
@@ -124,7 +126,8 @@ class match_rms(_times):
 
 @dataclass(frozen=True, repr=False)
 class unit_rms(_wrapper):
-    """update = u / rms(u), u the update of `of`: every matrix moves by one step size, root mean square."""
+    """update = u / rms(u), u the update of `of`: every matrix moves by one step size, root mean square. Source: this
+    library, for M3. Oracle: the formula (tests/test_optimizer_memories.py)."""
 
     of: Direction = newton_schulz()
     eps: float = 1e-12
@@ -179,7 +182,8 @@ class full_matrix_adagrad(_wrapper):
     """H <- H + g g^T; update = (H + eps I)^(-1/2) (update of `of`), H [..., out, out].
 
     For a vector, which is a column, this is full-matrix Adagrad (Duchi et al. 2011); for a matrix, the memory of
-    Nested Learning equations 106 to 111. With `average` inside: Adagrad with momentum.
+    Nested Learning equations 106 to 111. With `average` inside: Adagrad with momentum. Oracles: eigenvalues
+    (tests/test_nested_optimizers.py), the Denman-Beavers iteration (tests/test_optimizer_memories.py).
     """
 
     of: Direction = surprise()

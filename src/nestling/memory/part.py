@@ -50,6 +50,22 @@ def known(name: str, variants: Mapping[str, Any], what: str) -> Any:
     raise ValueError(f"unknown {what} {name!r}; known: {', '.join(sorted(variants))}{hint}")
 
 
+def check_families(owner: Any) -> None:
+    """Raises ValueError where a field of an expression holds a part of another family than its default is of, or a part
+    where the default is none; where the default is None, or there is none, nothing is said."""
+    for field in dataclasses.fields(owner):
+        value, default = getattr(owner, field.name), field.default
+        if default is None or default is dataclasses.MISSING:
+            continue
+        wanted, kind = type(default), "a plain value"
+        if isinstance(default, Part):
+            wanted = next(base for base in wanted.__mro__ if "variants" in vars(base))
+            kind = f"one of {wanted.__name__}"
+        if isinstance(value, Part) and not isinstance(value, wanted):
+            said = f"must be {kind}, such as {default!r}, and cannot be {value!r}"
+            raise ValueError(f"{type(owner).__name__}: {field.name} {said}")
+
+
 def all_variants() -> dict[str, type[Part]]:
     """Every part of every family that has been imported, by name."""
     found: dict[str, type[Part]] = {}

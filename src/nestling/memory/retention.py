@@ -64,7 +64,7 @@ class decay(_decaying):
     """W <- a W with a = exp(log_retention): forgetting toward zero at a rate that the token chooses.
 
     Titans' alpha is the fraction forgotten, 1 - a; flash-linear-attention's g is log a. float32 cannot hold
-    1 - 7e-8, therefore the log.
+    1 - 7e-8, therefore the log. Oracle: `memory.naive`.
     """
 
     elementwise: ClassVar[bool] = True
@@ -87,7 +87,8 @@ class decay_to_start(_returning):
     """W <- W_0 + a (W - W_0): forgetting toward the weights that the document (or the life) began with.
 
     A deep memory that decays toward zero cannot come back: with all its maps near zero so are all its
-    gradients. The learned start is then gone for good; here it is what is left when all else is forgotten.
+    gradients. The learned start is then gone for good; here it is what is left when all else is forgotten. Source: this
+    library (docs/log.md). Oracle: `memory.naive`.
     """
 
 
@@ -112,7 +113,7 @@ class lq(_decaying):
     Moneta: q = 4. A normaliser and not the mirror map of |W|_q^2, which would take powers of A's entries. It inverts:
     |W|_q = |A|_q^(3-q), and a tenfold A at q = 4 is a tenth of W. So the start is concealed, as A_0 =
     W_0 |W_0|_q^((q-2)/(3-q)), and the norm counts as at least `floor`, or a forgotten A would be an endless W.
-    q = 2 is decay(); at q = 3 every W has norm one, the start's too.
+    q = 2 is decay(); at q = 3 every W has norm one, the start's too. Oracle: `memory.naive_miras.naive_moneta`.
     """
 
     q: float = 4.0
@@ -145,7 +146,8 @@ class kl(_decaying):
     sum `scale` (Miras equations 21 and 27; Memora).
 
     The same as the paper's W_t = scale * softmax(a log W_{t-1} - eta g), since softmax forgets what is added to a
-    whole row; but the logits Z are linear in what is written. The start weights are logits too.
+    whole row; but the logits Z are linear in what is written. The start weights are logits too. Oracle:
+    `memory.naive_miras.naive_memora`.
     """
 
     scale: float = 1.0
@@ -162,7 +164,8 @@ class kl(_decaying):
 @dataclass(frozen=True, repr=False)
 class sigmoid(_decaying):
     """W_t = sigmoid(Z_t), Z_t = a Z_{t-1} - eta g: mirror descent with F' = logit; entries lie in (0, 1) (Miras, the
-    Bregman divergence). The state, and the start weights, are logits.
+    Bregman divergence). The state, and the start weights, are logits. Oracle: `memory.naive_miras`
+    (tests/test_retention.py).
     """
 
     exposes = True
@@ -176,7 +179,8 @@ class elastic_net(_decaying):
     """W_t = soft(lam (a W_{t-1} - eta g), eta lasso lam), lam = 1 / (1 + eta ridge): learning-retaining (Miras
     equation 22, with ridge = 1/beta, lasso = 1/alpha, and the retention gate a beside it).
 
-    soft(z, b) = sign(z) max(0, |z| - b) forgets small weights wholly. Each write settles so: no chunked form.
+    soft(z, b) = sign(z) max(0, |z| - b) forgets small weights wholly. Each write settles so: no chunked form. Oracles:
+    the minimiser on a grid, `memory.naive_miras` (tests/test_retention.py).
     """
 
     lasso: float = 0.01
@@ -197,7 +201,8 @@ class elastic_net(_decaying):
 @dataclass(frozen=True, repr=False)
 class elastic_net_ftrl(_decaying):
     """A_t = a A_{t-1} - eta g;  W_t = soft(A_t, threshold): the elastic net that follows the regularised leader (Miras
-    equation 23, at a constant eta / alpha = threshold). What is small answers nothing, and is not forgotten.
+    equation 23, at a constant eta / alpha = threshold). What is small answers nothing, and is not forgotten. Oracle:
+    `memory.naive_miras` (tests/test_retention.py).
     """
 
     threshold: float = 0.01
@@ -219,7 +224,8 @@ class row_norm(_decaying):
     """W_t = a W_{t-1} - eta g, then each row made as long again as it was at the start (LaCT's weight norm).
 
     each="write": after every write, or every tick of a clock; no chunked form. each="chunk": where a chunk opens, as
-    LaCT does, on what all its tokens wrote: with read="boundary", its recurrence without momentum.
+    LaCT does, on what all its tokens wrote: with read="boundary", its recurrence without momentum. Oracles:
+    `memory.naive_miras.naive_lact`, tests/test_retention.py.
     """
 
     each: Literal["write", "chunk"] = "write"

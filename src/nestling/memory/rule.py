@@ -130,7 +130,7 @@ def _require(owner: str, value: Any, kind: type, why: str) -> None:
 
 @dataclass(frozen=True, repr=False)
 class surprise(Direction):
-    """update = -g: the momentary surprise itself, unscaled."""
+    """update = -g: the momentary surprise itself, unscaled. Source: Titans 3.1. Oracle: torch.optim.SGD."""
 
     elementwise = True
 
@@ -210,7 +210,8 @@ class _times(_wrapper, abstract=True):
 
 @dataclass(frozen=True, repr=False)
 class scale(_times):
-    """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it."""
+    """update = step_size * (update of `of`). Inside momentum as Titans has it, outside as torch has it. Oracles:
+    `memory.naive`, torch.optim.SGD."""
 
     @property
     def scales_buffer(self) -> bool:  # type: ignore[override]
@@ -225,7 +226,8 @@ class scale(_times):
 
 @dataclass(frozen=True, repr=False)
 class gradient_descent(scale):
-    """update = -step_size * g. Nested Learning equation 8; `scale(surprise())` under its usual name."""
+    """update = -step_size * g. Nested Learning equation 8; `scale(surprise())` under its usual name. Oracle:
+    `memory.naive`."""
 
     of: Direction = surprise()
 
@@ -233,7 +235,8 @@ class gradient_descent(scale):
 @dataclass(frozen=True, repr=False)
 class dampen(_times):
     """update = (1 - momentum) * (update of `of`): inside `momentum` it makes the buffer an average of updates,
-    where the bare form multiplies them by up to 1 / (1 - momentum)."""
+    where the bare form multiplies them by up to 1 / (1 - momentum). Source: torch.optim.SGD's dampening, here one minus
+    the gate. Oracle: `memory.naive`."""
 
     of: Direction = gradient_descent()
 
@@ -251,7 +254,7 @@ class clip(_wrapper):
     In a deep memory the error at an inner map grows with the outer maps, and what it writes makes them grow: a
     loop that no step size along the map's own inputs bounds. A bound on the error does, and with it what a write
     can do is bounded whatever the weights. A gradient given only as a sum is scaled as the one pair that it
-    would be, |g| / |x|.
+    would be, |g| / |x|. Source: this library (docs/log.md has what diverged without). Oracle: `memory.naive`.
     """
 
     of: Direction = gradient_descent()
@@ -295,7 +298,9 @@ class normalize(_wrapper):
     """step_size <- step_size / (1 + step_size * n), n = sum of |x|^2 over the writes since the anchor.
 
     The anchor is where gradients are taken. Gradients frozen over a chunk add up like one batch step, which
-    diverges above a step of 1 / lambda_max(sum x x^T) <= 1 / n (spec: memory 5.2); this stays below it.
+    diverges above a step of 1 / lambda_max(sum x x^T) <= 1 / n (spec: memory 5.2); this stays below it. Sources: Nested
+    Learning equation 57, over a chunk; at every token Longhorn's step (2407.14207). Oracles: `memory.naive`,
+    `memory.naive_linear.naive_longhorn`.
     """
 
     of: Direction = gradient_descent()
@@ -338,7 +343,7 @@ class momentum(_wrapper):
     """S <- momentum * S + (update of `of`); update = S. Titans' past and momentary surprise; equation 33.
 
     The chunk form works with the gate's logarithm: there the gradient of a gate of exactly 0 is 0, where the recurrent
-    form has one. Gates that are sigmoids never are 0.
+    form has one. Gates that are sigmoids never are 0. Oracle: `memory.naive`.
     """
 
     of: Direction = gradient_descent()
@@ -488,7 +493,7 @@ class retain(_keeper):
     """W <- (what `retention` keeps of W) + (update of `of`, its gradient taken at the undecayed weights).
 
     With decay(): Titans, AdamW's decoupled weight decay, and W (a I - b x x^T) around the delta terms. A retention
-    for every input channel takes a gate [..., in].
+    for every input channel takes a gate [..., in]. Oracle: `memory.naive`.
     """
 
     retention: Retention = decay()
@@ -546,6 +551,7 @@ class every(Rule):
     timed: the period is a length of time, any number > 0, and so is what a gradient says of its `tokens`: how long
     its sample stands for. With gradients that are integrals over that time (gradient times duration) the finer a
     signal is sampled, the nearer the steps are to those of the signal itself; samples that last one unit are tokens.
+    Oracle: steps on the sum written out (tests/test_rule.py).
     """
 
     period: float

@@ -123,7 +123,8 @@ def stands_for_many(x: Tensor, weight: Tensor) -> bool:
 class matrix(Structure):
     """M(k) = W k. State per head: v x k. Linear attention, the delta rule and their kin.
 
-    A memory that is a vector, M(k) = w * k channel by channel, is this one in heads of width one.
+    A memory that is a vector, M(k) = w * k channel by channel, is this one in heads of width one. Nested Learning
+    equation 64. Oracle: autograd (tests/test_structure.py).
     """
 
     linear = True
@@ -145,7 +146,7 @@ class mlp(Structure):
     """M(k) = k + W_L s(W_{L-1} ... s(W_1 k)), L = `depth` linear maps, hidden width `expansion` x value dim.
 
     Nested Learning equations 89 and 91 (two maps, no biases, residual); the nonlinearity s is not given there:
-    GELU here. Without the residual, keys and values may differ in width.
+    GELU here. Without the residual, keys and values may differ in width. Oracle: autograd (tests/test_structure.py).
     """
 
     depth: int = 2
@@ -232,7 +233,8 @@ class GeluError(torch.autograd.Function):
 class gated_mlp(Structure):
     """M(k) = W_1 (silu(W_0 k) * (W_2 k)), and k + that with `residual`. Hidden width `expansion` x the wider side.
 
-    LaCT's memory (SwiGLU); with the residual, that of ATLAS++. The maps in order: W_0, W_2, W_1.
+    LaCT's memory (SwiGLU); with the residual, that of ATLAS++. The maps in order: W_0, W_2, W_1. Oracle: autograd
+    (tests/test_compound.py).
     """
 
     expansion: float = 1.0
@@ -269,7 +271,8 @@ class together(Structure):
     """Several memories of one shape that share their keys, run as one.
 
     Weights stand side by side, [..., n, out, in]; values are [..., n, t, v]. The keys are the same for all, and
-    so is what is computed of them.
+    so is what is computed of them. Source: this library, for the generators of Nested Learning equation 83. Oracle:
+    each alone (tests/test_structure.py).
     """
 
     of: Structure
@@ -279,7 +282,7 @@ class together(Structure):
         return self.of.residual
 
     def __post_init__(self) -> None:
-        if isinstance(self.of, together):
+        if isinstance(self.of, together) or not isinstance(self.of, Structure):
             raise ValueError(f"together({self.of!r}): needs one memory's structure, such as matrix() or mlp()")
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:

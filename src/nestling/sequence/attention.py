@@ -17,7 +17,7 @@ class attention(Mixer):
     """Causal softmax attention over the last `window` tokens with rotary positions: the expression of
     `SlidingAttention`. window=None: over all tokens of the document, with a state that grows with it, as no other's
     does. convolution: width of the short convolution on q, k, v; 1 for none. persistent: learned tokens that every
-    query sees, whatever the window."""
+    query sees, whatever the window. Source: Nested Learning equations 62, 63. Oracle: `naive_layers.windowed`."""
 
     window: int | None = 256
     convolution: int = 4

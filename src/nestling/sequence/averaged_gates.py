@@ -27,6 +27,7 @@ class averaged_gates(around):
     placed = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "chunk")
 
     def fits(self, memory: Memory) -> None:

@@ -11,41 +11,53 @@ from nestling.memory.structure import Weights, plain
 
 from .layer import SequenceMemory, sequence_memory
 from .layout import Piece, lay_out
+from .linear_caching import LinearCaching
+from .linear_mixer import linear_mixer
 from .mixer import Mixer, MixerModule, linear
 from .scan import MemoryState, States, Writes
+from .segments import Segments, closed, reached, weigh
 
 _READS = ("residual", "gated", "soup", "sparse")
 
 
 @dataclass(frozen=True, repr=False)
 class caching(Mixer):
-    """A memory whose states at the ends of segments stay readable: the expression of `Caching`.
+    """A memory whose states at the ends of segments stay readable: the expression of `Caching`, and of `LinearCaching`
+    where the memory is a linear_mixer().
 
-    segment: tokens, a multiple of the memory's chunk. slots: how many ends are kept; the oldest makes room, so that
-    the state does not grow with the document. read: "residual", the sum of all; "gated", weighted by what the token
-    asks for; "soup", the weights themselves averaged, read once; "sparse", gated over the `top` best and the present.
+    segment: tokens, a multiple of the chunk of a sequence_memory(). slots: how many ends are kept; the oldest makes
+    room, so that the state does not grow with the document. read: "residual", the sum of all; "gated", weighted by what
+    the token asks for; "soup", the weights of a sequence_memory() averaged, read once; "sparse", gated over the `top`
+    best and the present. Source: 2602.24281. Oracles: `naive_blocks.gated_caching`, tests/test_linear_caching.py.
     """
 
-    memory: sequence_memory = sequence_memory()
+    memory: Mixer = sequence_memory()
     segment: int = 256
     read: Literal["residual", "gated", "soup", "sparse"] = "gated"
     slots: int = 16
     top: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.memory, sequence_memory):
-            raise ValueError(f"caching: states are kept of a sequence_memory(), not of {self.memory}")
-        if self.segment < 1 or self.segment % self.memory.chunk:
+        if not isinstance(self.memory, sequence_memory | linear_mixer):
             raise ValueError(
-                f"caching: segment must be a multiple of the memory's chunk {self.memory.chunk}, got {self.segment}"
+                f"caching: states are kept of a sequence_memory() or a linear_mixer(), not of {self.memory}"
             )
+        chunk = self.memory.chunk if isinstance(self.memory, sequence_memory) else 1  # where it is part of the model
+        if self.segment < 1 or self.segment % chunk:
+            raise ValueError(f"caching: segment must be a multiple of the memory's chunk {chunk}, got {self.segment}")
         if self.read not in _READS:
             raise ValueError(f"caching: read must be one of {_READS}, got {self.read!r}")
+        if self.read == "soup" and isinstance(self.memory, linear_mixer):
+            raise ValueError(f"caching: read='soup' averages the weights of a sequence_memory(), not of {self.memory}")
         for name in ("slots", "top"):
             if getattr(self, name) < 1:
                 raise ValueError(f"caching: {name} must be at least 1, got {getattr(self, name)}")
 
-    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "Caching":
+    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "Caching | LinearCaching":
+        if isinstance(self.memory, linear_mixer):
+            top = self.top if self.read == "sparse" else None
+            kept = (self.segment, self.slots, self.read != "residual", top)
+            return LinearCaching(dim, heads, self.memory, *kept, generator)
         return Caching(dim, heads, self, generator)
 
 
@@ -64,15 +76,6 @@ class CachingState(NamedTuple):
     tokens: Tensor
 
 
-class _Segments(NamedTuple):
-    """What `CachingState` says of the segments."""
-
-    means: Tensor
-    exists: Tensor
-    total: Tensor
-    tokens: Tensor
-
-
 class Caching(MixerModule):
     """Memory Caching (arXiv 2602.24281). M_i is the memory at the end of segment i, M_t that of now, s the segment
     of token t, and p_i the mean of segment i's inputs (of s: up to token t)::
@@ -85,7 +88,7 @@ class Caching(MixerModule):
     There is one gate a head: u_t and p_i are cut into heads. A segment goes on from the weights that the one before
     it ended on. Of the earlier segments the last `slots` are kept. "sparse" reads them all and drops the rest: what it
     saves is not time. "soup" averages a set of weights for every token, and is slow. x [b, t, d] -> [b, t, d].
-    Oracle: tests/test_caching.py.
+    Oracle: `naive_blocks.gated_caching`, tests/test_caching.py.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Caching(MixerModule):
     ) -> None:
         super().__init__()
         self.expression = expression
+        assert isinstance(expression.memory, sequence_memory)
         self.memory = SequenceMemory(dim, heads, expression.memory, generator)
         self.asks: nn.Linear | None = None if expression.read == "residual" else linear(dim, dim, generator)
 
@@ -119,7 +123,7 @@ class Caching(MixerModule):
         state = start if state is None else state
         if x.shape[1] == 0:
             return x, state
-        sizes = (self.expression.memory.chunk, self.expression.segment)
+        sizes = (self.memory.memory.chunk, self.expression.segment)
         layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
@@ -146,12 +150,14 @@ class Caching(MixerModule):
             ended = self.memory.memory.open(memory, True)
             kept = self._keep(kept, self.memory.memory.standing(ended), piece.opens[1])
         memory = self.memory.memory.open(memory, piece.opens[0])
-        segments: _Segments = kept.rule[0]
-        totals = segments.total[:, None] + x.cumsum(1)  # empty slots hold zero
-        held = torch.ones_like(x[..., 0], dtype=torch.int64) if pairs.valid is None else pairs.valid.long()
-        counts = segments.tokens[:, None] + held.cumsum(1)
+        segments: Segments = kept.rule[0]
+        totals, counts = reached(segments, x, pairs.valid)
         n = int(segments.exists.sum(1).max())  # slots that some row has filled
-        gates = self._gates(asked, totals / counts.clamp(min=1)[..., None], segments, n)
+        gates = None
+        if asked is not None:
+            top = self.expression.top if self.expression.read == "sparse" else None
+            present = totals / counts.clamp(min=1)[..., None]
+            gates = weigh(segments, asked, present, self.memory.heads, n, top)
         cached = tuple(weight[:, :, weight.shape[2] - n :] for weight in kept.running)
         if self.expression.read == "soup":
             assert gates is not None
@@ -164,42 +170,14 @@ class Caching(MixerModule):
 
     def _keep(self, kept: MemoryState, ended: Weights, opens: bool | Tensor) -> MemoryState:
         """The weights on which a segment ended join the others in the rows in which the next one opens."""
-        segments: _Segments = kept.rule[0]
-        rows = segments.tokens > 0  # before a document's first token nothing has ended
-        if isinstance(opens, Tensor):
-            rows = rows & opens
-        mean = segments.total / segments.tokens.clamp(min=1)[:, None]
-        pushed = _Segments(
-            torch.cat([segments.means[:, 1:], mean[:, None]], 1),
-            torch.cat([segments.exists[:, 1:], torch.ones_like(segments.exists[:, :1])], 1),
-            torch.zeros_like(segments.total),
-            torch.zeros_like(segments.tokens),
-        )
+        rows, pushed = closed(kept.rule[0], opens)
         pairs = zip(kept.running, ended, strict=True)
         weights = tuple(torch.cat([old[:, :, 1:], new.unsqueeze(2)], 2) for old, new in pairs)
         return select(rows, MemoryState((), weights, (pushed,)), kept)
 
-    def _gates(self, asked: Tensor | None, present: Tensor, segments: _Segments, n: int) -> Tensor | None:
-        """Weights [b, h, c, 1 + n] of the memory of now and of the last n cached ones; None where all are summed."""
-        if asked is None:
-            return None
-        heads = self.memory.heads
-        asked, now = (part.unflatten(-1, (heads, -1)) for part in (asked, present))  # [b, c, h, k]
-        first = segments.means.shape[1] - n
-        past = segments.means[:, first:].unflatten(-1, (heads, -1))
-        own = (asked * now).sum(-1)[..., None]
-        scores = torch.cat([own, torch.einsum("bchk,bnhk->bchn", asked, past)], -1).transpose(1, 2)
-        scores = scores / asked.shape[-1] ** 0.5
-        open_to = segments.exists[:, None, None, first:].expand(*scores.shape[:3], n)
-        if self.expression.read == "sparse" and n > self.expression.top:
-            best = scores[..., 1:].masked_fill(~open_to, -torch.inf).topk(self.expression.top, -1).indices
-            open_to = open_to & torch.zeros_like(open_to).scatter(-1, best, True)
-        allowed = torch.cat([open_to.new_ones(*scores.shape[:3], 1), open_to], -1)
-        return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-
     def _join(self, now: Tensor, queries: Tensor, cached: Weights, exists: Tensor, gates: Tensor | None) -> Tensor:
         """What the memory of now reads [b, h, c, v] with what the cached ones read."""
-        read = self.expression.memory.structure.forward(plain(cached), queries.unsqueeze(2))[0]  # [b, h, n, c, v]
+        read = self.memory.memory.structure.forward(plain(cached), queries.unsqueeze(2))[0]  # [b, h, n, c, v]
         if gates is None:
             return now + torch.where(exists[:, None, :, None, None], read, 0.0).sum(2)
         return gates[..., :1] * now + torch.einsum("bhcn,bhncv->bhcv", gates[..., 1:], read)
@@ -217,17 +195,17 @@ class Caching(MixerModule):
                 "after": (memory.running, memory),
                 "before": (before.running, before),
                 "boundary": (memory.anchor, before),
-            }[self.expression.memory.read]
+            }[self.memory.memory.read]
             g = gates[:, :, t, :, None, None]
             mixed = tuple(
                 g[:, :, 0] * weight + (g[:, :, 1:] * old).sum(2)
                 for weight, old in zip(self.memory.memory.exposed(now, of), cached, strict=True)
             )
-            reads.append(self.expression.memory.structure.forward(plain(mixed), queries[:, :, t : t + 1])[0])
+            reads.append(self.memory.memory.structure.forward(plain(mixed), queries[:, :, t : t + 1])[0])
         return torch.cat(reads, 2), memory
 
 
 def _packed(state: CachingState) -> States:
     """As states of memories: the one that is written, and those that are cached, side by side."""
-    segments = _Segments(state.means, state.exists, state.total, state.tokens)
+    segments = Segments(state.means, state.exists, state.total, state.tokens)
     return state.memory, MemoryState((), state.cached, (segments,))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.part import Part
+from nestling.memory.part import Part, check_families
 from nestling.memory.rule import Gates, Pairs, Rule, dampen, every, momentum
 from nestling.memory.structure import matrix
 
@@ -108,7 +108,7 @@ class sigmoid_gates(Gating):
     """step size = reach * bound * sigmoid, momentum = sigmoid, log retention = logsigmoid of projections of the token.
 
     Titans. With reach = 2 and steps on L2 at every token, I - b k k^T has negative eigenvalues (2411.12537).
-    Retention starts at 0.993 a token.
+    Retention starts at 0.993 a token. Oracle: the formula (tests/test_gating.py).
     """
 
     reach: float = 1.0
@@ -156,6 +156,9 @@ class around(Gating, abstract=True):
 
     of: Gating = sigmoid_gates()
 
+    def __post_init__(self) -> None:
+        check_families(self)
+
     @property
     def momentum(self) -> bool:  # type: ignore[override]
         return self.of.momentum
@@ -190,7 +193,8 @@ class NoGates(GatingModule):
 
 @dataclass(frozen=True, repr=False)
 class fixed_gates(Gating):
-    """Retention 1 - 2^(-slowest - h) for head h, step size = bound: nothing is learned. RetNet (2307.08621), 3.1."""
+    """Retention 1 - 2^(-slowest - h) for head h, step size = bound: nothing is learned. RetNet (2307.08621), 3.1.
+    Oracle: the formula (tests/test_gating.py)."""
 
     slowest: float = 5.0
 
@@ -222,7 +226,7 @@ class FixedGates(GatingModule):
 class low_rank_gates(Gating):
     """log retention = logsigmoid(W_2 W_1 x + b) / divisor for every key channel, step size = bound.
 
-    Gated linear attention (2312.06635), 4.4.
+    Gated linear attention (2312.06635), 4.4. Oracle: the formula (tests/test_gating.py).
     """
 
     rank: int = 16
@@ -273,7 +277,7 @@ class _timed(Gating, abstract=True):
 @dataclass(frozen=True, repr=False)
 class mamba2_gates(_timed):
     """log retention = -exp(A_log) dt, step size = bound * dt, dt = softplus(W x + dt_bias): what is written and what is
-    forgotten go together. Mamba-2 (2405.21060), its published code."""
+    forgotten go together. Mamba-2 (2405.21060), its published code. Oracle: the formula (tests/test_gating.py)."""
 
     def build(
         self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
@@ -299,7 +303,8 @@ class Mamba2Gates(GatingModule):
 class gated_delta_gates(_timed):
     """step size = reach * bound * sigmoid(W_b x), log retention as in `mamba2_gates`.
 
-    Gated DeltaNet (2412.06464): with `retain_first()` on L2 at every token. reach = 2: negative eigenvalues.
+    Gated DeltaNet (2412.06464): with `retain_first()` on L2 at every token. reach = 2: negative eigenvalues. Oracle:
+    the formula (tests/test_gating.py).
     """
 
     reach: float = 1.0
@@ -318,7 +323,7 @@ class gated_delta_gates(_timed):
 class kda_gates(_timed):
     """`gated_delta_gates` with a retention for every key channel, from a projection of rank `rank`; A_log one a head.
 
-    Kimi delta attention (2510.26692).
+    Kimi delta attention (2510.26692). Oracle: the formula (tests/test_gating.py).
     """
 
     reach: float = 1.0
@@ -367,7 +372,7 @@ class rwkv7_gates(Gating):
     """log retention = -exp(-1/2) sigmoid(w_0 + W_2 tanh(W_1 x)) for every key channel, step size = bound * sigmoid.
 
     RWKV-7 (2503.14456), its decay to the letter; its step size is one a channel, here one a head. The former is
-    `nestling.sequence.rwkv7`.
+    `nestling.sequence.rwkv7`. Oracle: the formula (tests/test_gating.py).
     """
 
     rank: int = 16

@@ -30,7 +30,8 @@ class SequenceState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class sequence_memory(Memory, Mixer):
-    """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`."""
+    """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`. Sources: Titans,
+    Miras. Oracles: those of its parts, of each named one in `sequence.zoo`."""
 
     rule: Rule = retain(decay_to_start(), momentum(dampen(normalize(clip()))))
     convolution: int = 4

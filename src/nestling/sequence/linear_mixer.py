@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.memory.part import check_families
 from nestling.memory.state import select
 
 from .convolution import ShortConvolution
@@ -17,7 +18,8 @@ from .streams import Given, Streams, delta_product_streams
 @dataclass(frozen=True, repr=False)
 class linear_mixer(Mixer):
     """A linear recurrence with its paper's streams and gates: the expression of `LinearMixer`. Exact at every chunk
-    size: `chunk` only says how many tokens are taken at once. convolution: its width; 1 for none."""
+    size: `chunk` only says how many tokens are taken at once. convolution: its width; 1 for none. Sources: those of its
+    streams. Oracles: `naive_layers`, one for each."""
 
     streams: Streams = delta_product_streams()
     chunk: int = 64
@@ -31,6 +33,7 @@ class linear_mixer(Mixer):
         return self.streams.choices
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
         if self.way not in ("chunked", "recurrent"):
@@ -82,13 +85,24 @@ class LinearMixer(MixerModule):
         layout = self._layout(x, reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
-        mixed, tail = self.convolution(layout.spread(self.project(x)), state.tail, layout)
+        given, tail = self.given(x, state.tail, layout)
+        with torch.autocast(x.device.type, enabled=False):
+            y, memory = self._pieces(layout, given, state.memory, start.memory)
+        return self.output(layout.gather(y).transpose(1, 2), x), LinearState(tail, memory)
+
+    def given(self, x: Tensor, tail: Tensor, layout: Layout) -> tuple[Given, Tensor]:
+        """What the recurrence is given of the tokens x [b, t, d], by slot, and the convolution's tail after them."""
+        mixed, tail = self.convolution(layout.spread(self.project(x)), tail, layout)
         raw = layout.spread(self.streams(x))
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.convolution.weight.dtype
-            given = self.streams.prepare(mixed.to(dtype), raw.to(dtype))
-            y, memory = self._pieces(layout, given, state.memory, start.memory)
-        return self.output(layout.gather(y).transpose(1, 2), x), LinearState(tail, memory)
+            return self.streams.prepare(mixed.to(dtype), raw.to(dtype)), tail
+
+    def run(self, parts: Given, memory: Any, held: Tensor | None) -> tuple[Tensor, Any]:
+        """What the slots of a piece read [b, c, h, v], and the memory after them; held [b, c]: which hold a token."""
+        if held is not None:
+            parts = tuple(part * held.view(*held.shape, *[1] * (part.dim() - 2)) for part in parts)
+        return self.streams.run(parts, memory, self.expression.chunk, self.expression.way)
 
     def _layout(self, x: Tensor, reset: Tensor | None, valid: Tensor | None) -> Layout:
         """One piece for all tokens where the rows agree: there are no chunks to line up."""
@@ -101,9 +115,6 @@ class LinearMixer(MixerModule):
         for piece, *parts in zip(layout.pieces, *(layout.cut(part, 1) for part in given), strict=True):
             if piece.reset is not None:
                 memory = select(piece.reset, start, memory)
-            held = layout.present(piece)
-            if held is not None:
-                parts = [part * held.view(*held.shape, *[1] * (part.dim() - 2)) for part in parts]
-            y, memory = self.streams.run(tuple(parts), memory, self.expression.chunk, self.expression.way)
+            y, memory = self.run(tuple(parts), memory, layout.present(piece))
             reads.append(y)
         return torch.cat(reads, 1), memory

@@ -15,7 +15,8 @@ from .mixer import Mixer, MixerModule
 @dataclass(frozen=True, repr=False)
 class lstm(Mixer):
     """A long short-term memory as wide as the model, which has no heads: the expression of `LongShortTermMemory`.
-    forget_bias: of the gate that keeps the state, at the start."""
+    forget_bias: of the gate that keeps the state, at the start. Source: Hochreiter and Schmidhuber 1997. Oracle:
+    `naive_layers.lstm`."""
 
     forget_bias: float = 1.0
     choices = "vector", "none", "by channel", "gates of the token and of the last answer"

@@ -192,7 +192,8 @@ def lstm(p: Parameters, x: Tensor, heads: int) -> Told:
 
 
 def attention(p: Parameters, x: Tensor, heads: int) -> Told:
-    """softmax(q_t . k_i / sqrt k) v_i over all i <= t, q and k turned by their positions."""
+    """softmax(q_t . k_i / sqrt k) v_i over all i <= t, q and k turned by their positions; and over the persistent
+    tokens, if any, with q and k as they are."""
     return windowed(math.inf, p, x, heads)
 
 
@@ -200,15 +201,18 @@ def windowed(window: float, p: Parameters, x: Tensor, heads: int) -> Told:
     """`attention` over the last `window` i."""
     mixed = _streams({"project.weight": p["qkv.weight"], "convolution.weight": p["convolution.weight"]}, x)
     q, k, v = mixed.chunk(3, -1)
+    always = p.get("persistent", x[:0])
+    k_always, v_always = (always @ p["qkv.weight"][x.shape[1] :].T).chunk(2, -1)
+    turned = [torch.stack([_turned(_head(row, head, heads), i) for i, row in enumerate(k)]) for head in range(heads)]
     said = []
     for t in range(len(x)):
-        each = []
+        each, seen = [], [i for i in range(t + 1) if t - i < window]
         for head in range(heads):
-            seen = [i for i in range(t + 1) if t - i < window]
-            asked = _turned(_head(q[t], head, heads), t)
-            scores = torch.stack([asked @ _turned(_head(k[i], head, heads), i) for i in seen]) / math.sqrt(len(asked))
-            weights = torch.exp(scores - scores.max())
-            each.append((weights / weights.sum()) @ torch.stack([_head(v[i], head, heads) for i in seen]))
+            query = _head(q[t], head, heads)
+            scores = torch.cat([_head(k_always, head, heads) @ query, turned[head][seen] @ _turned(query, t)])
+            weights = torch.exp((scores - scores.max()) / math.sqrt(len(query)))
+            values = torch.cat([_head(v_always, head, heads), _head(v, head, heads)[seen]])
+            each.append((weights / weights.sum()) @ values)
         said.append(p["project.weight"] @ torch.cat(each))
     last = len(x) if math.isinf(window) else int(window) - 1
     return torch.stack(said), {"keys": _kept(k, heads, last), "values": _kept(v, heads, last)}

@@ -23,7 +23,7 @@ FAR = 1e-9  # of a model from its oracle, in float64
 @dataclass(frozen=True)
 class Model:
     """A named model: its mixer, the recurrence, where it is from, and its oracle. note: where the layer is not the
-    paper's, or why no oracle is here."""
+    paper's."""
 
     mixer: Mixer
     equation: str
@@ -96,9 +96,9 @@ def size(mixer: Mixer, dim: int = 64, length: int = 256) -> Size:
 
 def error(model: Model, way: str, length: int = 40, width: int = 6) -> float:
     """How far a row is from its oracle, run in this way: `memory_error`, or `layer_error` where the mixer is more than
-    a memory. nan where the row has no oracle."""
+    a memory. Raises ValueError where the row has no oracle."""
     if model.oracle is None:
-        return float("nan")
+        raise ValueError(f"{model.mixer} has no oracle here to be held against")
     mixer = dataclasses.replace(model.mixer, way=way) if way in _WAYS else model.mixer  # type: ignore[type-var]
     if isinstance(mixer, Memory) and not isinstance(mixer, self_modifying):
         return memory_error(mixer, model.oracle, length, width)  # type: ignore[arg-type]

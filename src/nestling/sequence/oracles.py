@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.memory import naive, naive_miras
+from nestling.memory.part import Part
 from nestling.memory.rule import Gates, retain
 from nestling.memory.state import flatten
 
@@ -59,9 +60,7 @@ def memory_error(memory: Memory, oracle: Oracle, length: int, width: int) -> flo
 def layer_error(mixer: Mixer, oracle: LayerOracle, length: int, width: int) -> float:
     """`memory_error` of a whole layer with two heads: over y, what it remembers and the gradients of x and of every
     parameter, none of which is at its neutral start."""
-    most = {"chunk": 16, "projection_chunk": 8, "window": 8}
-    less = {name: few for name, few in most.items() if (getattr(mixer, name, None) or 0) > few}
-    mixer = dataclasses.replace(mixer, **less)  # type: ignore[type-var]
+    mixer = _shortened(mixer)
     generator = torch.Generator().manual_seed(0)
     layer = mixer.build(2 * width, 2, generator).double()
     with torch.no_grad():
@@ -73,6 +72,26 @@ def layer_error(mixer: Mixer, oracle: LayerOracle, length: int, width: int) -> f
     told = {name: tensor[0] for name, tensor in flatten(state).items()}
     ends = tuple(told[name] for name in kept)
     return _apart(y[0], ends, expected, tuple(kept.values()), [x, *layer.parameters()])
+
+
+def _shortened(part: Any) -> Any:
+    """The same expression with chunks, windows and segments of which a few tokens cross the edges."""
+    given = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    fewer = {name: min(few, given[name]) for name, few in _FEW.items() if given.get(name)}
+    inner = {name: _shortened(value) for name, value in given.items() if isinstance(value, Part)}
+    return dataclasses.replace(part, **fewer, **inner)
+
+
+_FEW: dict[str, Any] = {
+    "chunk": 16,
+    "projection_chunk": 8,
+    "window": 8,
+    "segment": 32,
+    "shard": 32,
+    "local": (4, 8),
+    "slots": 2,
+    "persistent": 3,
+}
 
 
 def _apart(y: Tensor, ends: Maps, expected: Tensor, wanted: Maps, leaves: list[Tensor]) -> float:
@@ -210,14 +229,15 @@ def ttt(f: Callable[[Maps, Tensor], Tensor]) -> Oracle:
         centred = x - x.sum() / len(x)
         return centred / (centred.square().sum() / len(x) + 1e-6).sqrt()
 
+    def loss(weights: Maps, key: Tensor, value: Tensor) -> Tensor:
+        return (normal(f(weights, key)) - (value - key)).square().sum() / 2
+
     def oracle(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
         standing, reads = weights, []
         for t, (key, value) in enumerate(zip(flow.keys, flow.values, strict=True)):
             if t % memory.chunk == 0:
                 opened, steps = standing, [torch.zeros_like(weight) for weight in standing]
-            loss = (normal(f(opened, key)) - (value - key)).square().sum() / 2
-            gradients = torch.autograd.grad(loss, opened, create_graph=True)
-            pairs = zip(steps, gradients, strict=True)
+            pairs = zip(steps, torch.func.grad(loss)(opened, key, value), strict=True)
             steps = [flow.retention[t] * step + flow.step_size[t] * gradient for step, gradient in pairs]
             standing = tuple(weight - step for weight, step in zip(opened, steps, strict=True))
             reads.append(flow.queries[t] + normal(f(standing, flow.queries[t])))
@@ -230,6 +250,17 @@ def lact(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
     given = naive_miras.Flow(flow.keys, flow.values, flow.queries, flow.step_size, flow.retention)
     run = naive_miras.naive_lact(weights, given, flow.map_steps, flow.momentum, chunk=memory.chunk)
     return run.reads, run.standing
+
+
+def around(run: Callable[[naive.Choices], LayerOracle], **told: Any) -> LayerOracle:
+    """One of a mixer around a memory with these choices; the memory's own chunk and reads, where it names them."""
+
+    def oracle(mixer: Any, *given: Any) -> Told:
+        memory = getattr(mixer, "memory", None)
+        own = {} if memory is None else {"chunk": memory.chunk, "read": memory.read}
+        return run(naive.Choices(**told, **own))(mixer, *given)
+
+    return oracle
 
 
 def miras(run: Callable[..., naive_miras.Run], *, names: tuple[str, ...] = (), **told: Any) -> Oracle:

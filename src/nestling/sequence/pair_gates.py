@@ -70,12 +70,14 @@ class MoreGates(GatingModule):
 @dataclass(frozen=True, repr=False)
 class window_gates(_more):
     """gamma_ti = sigmoid(W x_t + b) for each of the last `window` pairs i, as many as the memory's window holds: how
-    much each counts in the token's step. 0.95 at the start. ATLAS (2505.23735), equation 9; it gives no form."""
+    much each counts in the token's step. 0.95 at the start. ATLAS (2505.23735), equation 9; it gives no form. Oracle:
+    the formula (tests/test_zoo_parts.py)."""
 
     window: int = 4
     name = "shares"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "window")
 
     def fits(self, memory: Memory) -> None:
@@ -93,7 +95,8 @@ class window_gates(_more):
 @dataclass(frozen=True, repr=False)
 class bound_gates(_more):
     """bound_t = bound * softplus(W x_t + b), b such that it starts at `bound`, that of the bias: each token's own. Yaad
-    (Miras, equation 26), whose thresholds come from the token; one a head."""
+    (Miras, equation 26), whose thresholds come from the token; one a head. Oracle: the formula
+    (tests/test_zoo_parts.py)."""
 
     name = "bound"
 
@@ -116,6 +119,7 @@ class map_gates(_more):
     """step size of map i = that of the gates * softplus(W_i x + b), `start` at the start, for each of `maps` maps.
 
     For one step a chunk, or one a token (`way`). LaCT (2505.23884): three, of its gated MLP, with `unit_steps()`.
+    Oracle: the formula (tests/test_zoo_parts.py).
     """
 
     maps: int = 3
@@ -123,6 +127,7 @@ class map_gates(_more):
     name = "map_steps"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "maps", "start")
 
     def fits(self, memory: Memory) -> None:
@@ -142,7 +147,8 @@ class map_gates(_more):
 
 @dataclass(frozen=True, repr=False)
 class unit_steps(Gating):
-    """Step size 1, momentum = sigmoid, and nothing forgotten: LaCT's, beside `map_gates`."""
+    """Step size 1, momentum = sigmoid, and nothing forgotten: LaCT's, beside `map_gates`. Oracle: the formula
+    (tests/test_zoo_parts.py)."""
 
     momentum = True
 

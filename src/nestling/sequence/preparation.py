@@ -22,7 +22,8 @@ class Preparation(Part, family=True):
 
 @dataclass(frozen=True, repr=False)
 class silu_unit(Preparation):
-    """SiLU, then L2-normalised queries and keys: Titans, DeltaNet and what came after."""
+    """SiLU, then L2-normalised queries and keys: Titans, DeltaNet and what came after. Oracle: the formula
+    (tests/test_gating.py)."""
 
     def streams(self, mixed: Tensor, heads: int) -> Tensor:
         return Heads.apply(mixed, 3 * heads, 2 * heads)
@@ -30,7 +31,8 @@ class silu_unit(Preparation):
 
 @dataclass(frozen=True, repr=False)
 class silu(Preparation):
-    """SiLU alone: Mamba-2. Keys are as long as they come, and steps with an erase may then go too far."""
+    """SiLU alone: Mamba-2. Keys are as long as they come, and steps with an erase may then go too far. Source:
+    2405.21060. Oracle: the formula (tests/test_gating.py)."""
 
     def streams(self, mixed: Tensor, heads: int) -> Tensor:
         return Heads.apply(mixed, 3 * heads, 0)
@@ -38,7 +40,8 @@ class silu(Preparation):
 
 @dataclass(frozen=True, repr=False)
 class unit_keys(Preparation):
-    """L2-normalised queries and keys, without a nonlinearity."""
+    """L2-normalised queries and keys, without a nonlinearity. Source: Nested Learning's normalised keys, without
+    Titans' SiLU. Oracle: the formula (tests/test_gating.py)."""
 
     def streams(self, mixed: Tensor, heads: int) -> Tensor:
         streams = split_heads(mixed, 3 * heads)
@@ -47,7 +50,8 @@ class unit_keys(Preparation):
 
 @dataclass(frozen=True, repr=False)
 class bare(Preparation):
-    """As projected: RetNet, gated linear attention."""
+    """As projected: RetNet, gated linear attention. Sources: 2307.08621, 2312.06635. Oracle: the formula
+    (tests/test_gating.py)."""
 
     def streams(self, mixed: Tensor, heads: int) -> Tensor:
         return split_heads(mixed, 3 * heads)

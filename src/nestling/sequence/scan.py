@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestling.memory.attentional_bias import AttentionalBias, Bounded, l2
 from nestling.memory.gradient import SquaredNorms
+from nestling.memory.part import check_families
 from nestling.memory.retention import decay_to_anchor, decay_to_start
 from nestling.memory.rule import (
     ChunkEnd,
@@ -79,6 +80,7 @@ class Memory:
     window: int = 1
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
         for name, known in _CHOICES.items():

@@ -28,6 +28,7 @@ class self_modifying(Memory, Mixer):
     of "key", "value", "query", "step_size" and "retention"; the others are learned at the lowest frequency, as
     ordinary weights. step_bound: how far the step gate reaches, in units of the inverse of the largest eigenvalue
     expected of a chunk of random keys; frozen gradients diverge far above the default, chunks of one token do not.
+    Source: Nested Learning equations 83 to 93. Oracle: `naive_layers.self_modifying`.
     """
 
     projection_chunk: int = 64

@@ -16,7 +16,7 @@ from .mixer import Mixer, MixerModule, Output, check_width, split_heads
 @dataclass(frozen=True, repr=False)
 class srwm(Mixer):
     """The expression of `SelfReferential`. step: what a step size is at the start, between 0 and 1. convolution: its
-    width, before the matrix; 1 for none."""
+    width, before the matrix; 1 for none. Source: Irie et al. 2022 (2202.05780). Oracle: `naive_layers.srwm`."""
 
     step: float = 0.5
     convolution: int = 4

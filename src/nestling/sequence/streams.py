@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.part import Part
+from nestling.memory.part import Part, check_families
 
 from .elementwise import unit
 from .gating import SLOWEST, Gating, gated_delta_gates, sigmoid_gates
@@ -26,7 +26,10 @@ Given = tuple[Tensor, ...]
 
 
 class StreamsModule(nn.Module):
-    """Streams with their weights: `run(prepare(mixed, forward(x)), state)`."""
+    """Streams with their weights: `run(prepare(mixed, forward(x)), state)`. writing: which of the streams a token
+    writes or forgets with, so that without them it only reads."""
+
+    writing: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """What is projected from the tokens beside the convolution: [b, t, d] -> [b, t, n]."""
@@ -43,6 +46,10 @@ class StreamsModule(nn.Module):
     def run(self, given: Given, state: Any, chunk: int, way: str) -> tuple[Tensor, Any]:
         """What is read [b, t, h, v], and the state after it."""
         raise NotImplementedError
+
+    def quiet(self, given: Given) -> Given:
+        """The streams of tokens that read a state and leave it as it is."""
+        return tuple(torch.zeros_like(part) if i in self.writing else part for i, part in enumerate(given))
 
 
 class Streams(Part, family=True):
@@ -86,6 +93,7 @@ class hgrn2_streams(Streams):
     choices = "matrix()", "dot()", "by channel", "gradient_descent()"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if not 0 < self.floor < 1:
             raise ValueError(f"hgrn2_streams: floor must be between 0 and 1, got {self.floor}")
 
@@ -94,6 +102,8 @@ class hgrn2_streams(Streams):
 
 
 class Hgrn2Streams(_OneMatrix):
+    writing = (2,)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: hgrn2_streams, generator: torch.Generator | None
     ) -> None:
@@ -121,6 +131,7 @@ class _gated(Streams, abstract=True):
     gating: Gating = gated_delta_gates()
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.gating.by_channel:
             raise ValueError(f"{type(self).__name__} has one retention a head, {self.gating} one a channel")
         if self.gating.tells or self.gating.placed:
@@ -157,6 +168,7 @@ class delta_product_streams(Streams):
     choices = "matrix()", "l2()", "decay() first", "gradient_descent(), several steps a token"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.steps < 2:
             raise ValueError(
                 f"delta_product_streams: steps must be at least 2 (one: the gated delta rule), got {self.steps}"
@@ -173,6 +185,8 @@ class delta_product_streams(Streams):
 
 
 class DeltaProductStreams(_Gated):
+    writing = (3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: delta_product_streams, generator: torch.Generator | None
     ) -> None:
@@ -212,6 +226,8 @@ class comba_streams(_gated):
 
 
 class CombaStreams(_Gated):
+    writing = (4, 5)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: comba_streams, generator: torch.Generator | None
     ) -> None:
@@ -254,6 +270,8 @@ class mesa_streams(_gated):
 
 
 class MesaStreams(_Gated):
+    writing = (3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: mesa_streams, generator: torch.Generator | None
     ) -> None:
@@ -289,6 +307,7 @@ class rwkv7_streams(Streams):
     choices = "matrix()", "l2()", "by channel", "gradient_descent(), a step size a channel"
 
     def __post_init__(self) -> None:
+        check_families(self)
         if self.rank < 1:
             raise ValueError(f"rwkv7_streams: rank must be at least 1, got {self.rank}")
 
@@ -297,6 +316,8 @@ class rwkv7_streams(Streams):
 
 
 class Rwkv7Streams(_OneMatrix):
+    writing = (1, 3, 4)
+
     def __init__(
         self, dim: int, heads: int, head_dim: int, part: rwkv7_streams, generator: torch.Generator | None
     ) -> None:

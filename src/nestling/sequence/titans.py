@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.memory.part import check_families
+
 from .attention import AttentionState, attention
 from .layer import sequence_memory
 from .mixer import Mixer, MixerModule
@@ -20,6 +22,7 @@ class _beside_attention(Mixer, abstract=True):
     persistent: int = 16
 
     def __post_init__(self) -> None:
+        check_families(self)
         self.attention()  # says what is wrong with its own numbers
 
     def attention(self) -> attention:
@@ -29,7 +32,8 @@ class _beside_attention(Mixer, abstract=True):
 @dataclass(frozen=True, repr=False)
 class mag(_beside_attention):
     """Memory as a gate: attention over the last `window` tokens and a memory side by side, multiplied. persistent:
-    learned tokens that every query of the attention sees. The expression of `MemoryAsGate`."""
+    learned tokens that every query of the attention sees. The expression of `MemoryAsGate`. Source: Titans 26 to 28.
+    Oracle: `naive_blocks.mag`."""
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MemoryAsGate":
         return MemoryAsGate(dim, heads, self, generator)
@@ -38,7 +42,8 @@ class mag(_beside_attention):
 @dataclass(frozen=True, repr=False)
 class mal(_beside_attention):
     """Memory as a layer: what the memory reads is what attention over the last `window` tokens attends to.
-    persistent: learned tokens that every query of the attention sees. The expression of `MemoryAsLayer`."""
+    persistent: learned tokens that every query of the attention sees. The expression of `MemoryAsLayer`. Source: Titans
+    29 to 31. Oracle: `naive_blocks.mal`."""
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "MemoryAsLayer":
         return MemoryAsLayer(dim, heads, self, generator)
@@ -88,7 +93,7 @@ class MemoryAsGate(_MemoryAndAttention):
     In the paper persistent tokens stand before the sequence for both branches. A memory would write them before the
     first token, which makes its state there a function of parameters alone; that state is a parameter here (the
     learned start), so the memory meets x only, and only the attention has them, as a prefix that it always sees.
-    x [b, t, d] -> [b, t, d]. Oracle: tests/test_titans.py.
+    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.mag`.
     """
 
     def __init__(self, dim: int, heads: int, expression: mag = mag(), generator: torch.Generator | None = None) -> None:
@@ -114,7 +119,7 @@ class MemoryAsLayer(_MemoryAndAttention):
 
     What a memory would read for persistent tokens before the first token is a function of parameters alone: they are
     learned here as what the attention sees, behind the memory. The norm between the two is this library's: softmax
-    is sensitive to the scale that a memory reads at. x [b, t, d] -> [b, t, d]. Oracle: tests/test_titans.py.
+    is sensitive to the scale that a memory reads at. x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.mal`.
     """
 
     def __init__(self, dim: int, heads: int, expression: mal = mal(), generator: torch.Generator | None = None) -> None:

@@ -20,7 +20,8 @@ from .scan import Memory, MemoryState, States, Writes
 @dataclass(frozen=True, repr=False)
 class shards(Mixer):
     """A memory that starts anew every `shard` tokens (a multiple of its chunk): the expression of `Shards`.
-    queries: "projected" on the keys of the shard so far, or "raw"."""
+    queries: "projected" on the keys of the shard so far, or "raw". Source: TNT 6, 7. Oracle: `naive_blocks.tnt`, and
+    tests/test_tnt.py."""
 
     memory: sequence_memory = sequence_memory(chunk=16)
     shard: int = 2048
@@ -60,7 +61,7 @@ class Shards(MixerModule):
 
     A memory is fitted on keys and read with queries: C takes a query to where keys have been. Its length is left as
     the sum makes it, as in the paper. The short convolution goes on over a shard's edge, a document's start ends both.
-    x [b, t, d] -> [b, t, d]. Oracle: tests/test_tnt.py.
+    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.tnt`, tests/test_tnt.py.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class Shards(MixerModule):
 
 @dataclass(frozen=True, repr=False)
 class beside(Mixer):
-    """Several mixers of the same input, summed: the expression of `Beside`."""
+    """Several mixers of the same input, summed: the expression of `Beside`. Source: TNT 7. Oracle:
+    `naive_blocks.tnt`."""
 
     mixers: tuple[Mixer, ...]
 
@@ -178,7 +180,7 @@ class tnt(Mixer):
     chunk in `local` that starts anew every `shard` tokens. All have the same structure, bias and rule (the paper's:
     gradient descent, neither momentum nor retention; `normalize` and `clip` keep it from diverging). Each has its own
     projections and output here, and the outputs are summed. A model trained with long local chunks may go on with
-    shorter ones (the paper's second stage): their parameters are the same.
+    shorter ones (the paper's second stage): their parameters are the same. Oracle: `naive_blocks.tnt`.
     """
 
     structure: Structure = mlp()

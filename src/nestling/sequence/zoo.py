@@ -20,7 +20,7 @@ from nestling.memory.retention import decay, decay_to_anchor, kl, row_norm
 from nestling.memory.rule import gradient_descent, momentum, normalize, retain, retain_first, scale, surprise
 from nestling.memory.structure import gated_mlp, matrix, mlp
 
-from . import naive_layers, oracles
+from . import naive_blocks, naive_layers, oracles
 from .attention import attention
 from .averaged_gates import averaged_gates
 from .caching import caching
@@ -32,6 +32,7 @@ from .lstm import lstm
 from .miras import memora, moneta, yaad
 from .named import Model
 from .oracles import (
+    around,
     deep,
     every_channel,
     featured,
@@ -61,6 +62,7 @@ def _exact(bias: Any, rule: Any, structure: Any = matrix(), **around: Any) -> se
 _DECAYED = retain(decay(), gradient_descent())
 _TITANS = retain(decay(), momentum())
 _BOUNDED = "steps normalised, clipped and averaged, forgetting toward the start, hidden width 1 x the value's"
+_TOLD = {"residual": True, "decay_to": "start", "normalized": True, "clip": 1.0, "dampened": True}  # what _BOUNDED says
 _AVERAGED = retain(decay_to_anchor(), gradient_descent())
 
 zoo: dict[str, Model] = {
@@ -245,19 +247,22 @@ zoo: dict[str, Model] = {
         "y_t = attention of x_t over [persistent | h_j | x_j], h_j = norm(M(q_j)), j <= t in the segment, M as "
         "that opened;  o_t = norm(y_t) * SiLU(norm(M_t(y_t))), M written with y",
         "Titans 21 to 25",
-        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+        around(naive_blocks.mac, **_TOLD),
+        note=_BOUNDED,
     ),
     "titans_mag": Model(
         mag(),
         "o_t = norm(y_t) * SiLU(norm(m_t)),  m = memory(x),  y = attention(x) over [persistent | the last `window`]",
         "Titans 26 to 28",
-        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+        around(naive_blocks.mag, **_TOLD),
+        note=_BOUNDED,
     ),
     "titans_mal": Model(
         mal(),
         "o = attention(norm(m)) over [persistent | the last `window`],  m = memory(x)",
         "Titans 29 to 31",
-        note=f"{_BOUNDED}; oracle in tests/test_titans.py",
+        around(naive_blocks.mal, **_TOLD),
+        note=_BOUNDED,
     ),
     "moneta": Model(
         moneta(),
@@ -330,13 +335,14 @@ zoo: dict[str, Model] = {
         "y_t = M(q_t; V) + sum_i M(C_t q_t; W_t^i),  C_t = C_{t-1} + k_t k_t^T,  V as the large chunk opened, W^i of "
         "small chunks; W^i and C begin anew every shard",
         "TNT (arXiv 2511.07343), equations 6, 7",
-        note="steps normalised and clipped; oracle in tests/test_tnt.py",
+        around(naive_blocks.tnt, residual=True, normalized=True, clip=1.0),
+        note="steps normalised and clipped",
     ),
     "titans_cached": Model(
         caching(sequence_memory(mlp(), l2(), _TITANS, 16)),
         "y_t = g_s M_t(q_t) + sum_{i<s} g_i M_i(q_t),  g = softmax_{i<=s}(u_t.p_i / sqrt k),  p_i the mean of x in i",
         "Memory Caching (arXiv 2602.24281)",
-        note="oracle in tests/test_caching.py",
+        around(naive_blocks.gated_caching, residual=True),
     ),
     "self_modifying_titans": Model(
         self_modifying(),
@@ -358,6 +364,7 @@ zoo: dict[str, Model] = {
         sequence_memory(mlp(), lp(3.0), retain(kl(), scale(adam())), 16, read="boundary", way="stepped"),
         "nobody's: an l_3 objective with KL retention, learned by Adam, once a chunk",
         "docs/architecture.md",
+        miras(naive_miras.naive_adam, p=3.0, sharpness=10.0),
         note="what the tutorial derives",
     ),
 }

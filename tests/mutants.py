@@ -170,6 +170,12 @@ MUTANTS = (
         "return None",
         "tests/test_stacking.py",
     ),
+    Mutant("levels/local.py", "keys[..., 1:, :]", "keys[..., now, :]", "tests/test_local.py"),
+    Mutant("levels/local.py", "(0, 0, 0, 1)", "(0, 0, 1, 0)", "tests/test_local.py"),
+    Mutant(
+        "levels/local.py", "if not any(weight.requires_grad for weight in weights):", "if True:", "tests/test_local.py"
+    ),
+    Mutant("levels/describe.py", "if told.own]", "]", "tests/test_describe.py"),
     Mutant("levels/judging.py", "self.accumulators = False", "self.accumulators = True", "tests/test_levels.py"),
     Mutant("levels/judging.py", "if id(weight) in self.held", "if False", "tests/test_levels.py"),
     Mutant("levels/judging.py", "if moves is None or moves(square):", "if True:", "tests/test_levels.py"),

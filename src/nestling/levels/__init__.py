@@ -8,6 +8,7 @@ from .growing import Growing
 from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
 from .judging import Accept
+from .local import local
 from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
 from .reading import LevelledModel, Reader, ReadingState, ReadOut
@@ -73,6 +74,7 @@ __all__ = [
     "heads",
     "initialization",
     "level",
+    "local",
     "masked_tokens",
     "mean_surprise",
     "moments_of",

@@ -155,6 +155,8 @@ class InContext:
         taps: list[Taps] = []
         with torch.enable_grad(), _differentiable_attention() if through else contextlib.nullcontext():
             logits, sequence = self._model(tokens, state.sequence, weights=state.levels.weights, taps=taps)
+            if any(tap.errors is not None for tap in taps) and not bool(counts.all()):
+                raise ValueError("a local level learns from every position; counts leaves some out")
             losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * counts
             outputs = tapped(self._model.levels, taps)
             wanted = [*outputs, *outer]

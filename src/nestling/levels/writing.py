@@ -74,9 +74,9 @@ def backward(levels: tuple[level, ...], loss: Tensor, taps: Sequence[Tap]) -> li
 
 
 def tapped(levels: tuple[level, ...], taps: Sequence[Tap]) -> list[Tensor]:
-    """The outputs at which errors are needed: each once, of the levels that learn."""
+    """The outputs at which errors of the task are needed: each once, of the levels that learn."""
     awake = (tap for tap, lvl in zip(taps, levels, strict=True) if lvl.period != math.inf)
-    return list({id(output): output for tap in awake for output in tap.outputs}.values())
+    return list({id(output): output for tap in awake for output in tap.asks}.values())
 
 
 def errors_of(outputs: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -103,7 +103,7 @@ def gradients_of(
 ) -> list[Sequence[Gradient]]:
     """Of each level that learns, the gradient of every map; nothing of the others."""
     return [
-        () if lvl.period == math.inf else tap.pairs([errors[id(output)] for output in tap.outputs], rows)
+        () if lvl.period == math.inf else tap.pairs([errors[id(output)] for output in tap.asks], rows)
         for lvl, tap in zip(levels, taps, strict=True)
     ]
 

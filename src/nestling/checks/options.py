@@ -118,7 +118,7 @@ def _quick(block: Level, period: int) -> Level:
     if isinstance(block, level | spectrum):
         block = dataclasses.replace(block, step_size=min(block.step_size, 0.5))
     if isinstance(block, local):
-        return dataclasses.replace(block, of=_quick(block.of, period))
+        return local(_quick(block.of, period), small(block.attentional_bias))  # type: ignore[arg-type]
     if isinstance(block, spectrum):
         return dataclasses.replace(small(block), fastest=period, slowest=2 * period)
     endless = not isinstance(block, level) or block.period == math.inf

@@ -36,15 +36,13 @@ def weights_after(model: Decoder, text: torch.Tensor) -> dict[str, torch.Tensor]
     [momentum(), retain(decay(), momentum()), retain(decay(), delta_gradient_descent(momentum(clip())))],
     ids=repr,
 )
-@pytest.mark.parametrize(
-    "pieces", [[1] * 151, [7, 50, 1, 1, 92], [16, 16, 16, 103], [33, 118]], ids=lambda p: str(p[:4])
-)
+@pytest.mark.parametrize("pieces", [[1] * 83, [7, 50, 1, 25], [16, 16, 16, 35]], ids=lambda p: str(p[:4]))
 def test_one_pass_is_split_passes_with_learning(rule, pieces: list[int]) -> None:
     model = build(level(16, rule=rule, retention=0.9), level(40, rule=rule, retention=0.8))  # 40 is no multiple of 16
-    reader = Reader(model)
-    whole, out = reader.read(reader.begin(), TEXT)
+    reader, text = Reader(model), TEXT[:83]
+    whole, out = reader.read(reader.begin(), text)
     state, nll, moved = reader.begin(), [], []
-    for part in TEXT.split(pieces):
+    for part in text.split(pieces):
         state, got = reader.read(state, part)
         nll.append(got.nll)
         moved.append(got.moved)
@@ -53,7 +51,7 @@ def test_one_pass_is_split_passes_with_learning(rule, pieces: list[int]) -> None
     torch.testing.assert_close(torch.cat(moved), out.moved, rtol=0, atol=1e-10)
     for name, tensor in flatten(whole.levels).items():
         torch.testing.assert_close(flatten(state.levels)[name], tensor, rtol=0, atol=1e-10, msg=name)
-    assert int(state.position) == int(whole.position) == 151
+    assert int(state.position) == int(whole.position) == 83
 
 
 def test_cuts_are_absolute_and_split_at_ticks() -> None:

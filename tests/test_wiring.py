@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nestling.levels import Reader, backpropagation, chain, heads, initialization, level, reptile
-from nestling.memory import gradient_descent, momentum, retain
+from nestling.memory import gradient_descent
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
@@ -91,21 +91,6 @@ def test_a_level_starts_again_from_what_the_slower_one_learned(transfer) -> None
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     assert got.starts[1] is None
     assert all(torch.equal(a, b) for a, b in zip(got.weights[0], got.starts[0].weights, strict=True))
-
-
-@pytest.mark.parametrize("pieces", [[1] * 101, [7, 50, 1, 1, 42], [49, 52]], ids=lambda p: str(p[:3]))
-@pytest.mark.parametrize("transfer", [initialization(order=1), reptile()], ids=repr)
-def test_one_pass_is_split_passes(transfer, pieces: list[int]) -> None:
-    rule = retain(of=momentum())
-    model = build(level(16, rule=rule, retention=0.9, transfer=transfer), level(40, rule=rule, retention=0.8))
-    reader = Reader(model)
-    whole, _ = reader.read(reader.begin(), TEXT)
-    state = reader.begin()
-    for part in TEXT.split(pieces):
-        state, _ = reader.read(state, part)
-    lived = flatten(state.levels)
-    for name, tensor in flatten(whole.levels).items():
-        torch.testing.assert_close(lived[name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
 def test_a_start_that_never_moves_only_forgets() -> None:

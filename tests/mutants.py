@@ -163,10 +163,11 @@ MUTANTS = (
         "tests/test_stacking.py",
     ),
     Mutant("levels/layouts.py", "back = beside[-1:]", "back = beside[:1]", "tests/test_stacking.py"),
-    Mutant("levels/layouts.py", "rows=half, start=half)", "rows=half, start=0)", "tests/test_stacking.py"),
+    Mutant("levels/layouts.py", "rows=half, start=start", "rows=half, start=0", "tests/test_stacking.py"),
+    Mutant("levels/layouts.py", "every = 2 if starts[1] == 1 else 1", "every = 1", "tests/test_stacking.py"),
     Mutant(
         "levels/stacking.py",
-        "return torch.cat(parts, -1) if len(maps) > 1 else None",
+        "return fuse(maps, parts, -1) if len(maps) > 1 else None",
         "return None",
         "tests/test_stacking.py",
     ),

@@ -15,7 +15,7 @@ from nestling.memory.structure import Weights
 from .attention_cache import CacheState, keep, place
 from .beside import read_beside
 from .continuum import Level, Taps, level
-from .layouts import Feedforward, LinearMap, find_feedforwards
+from .layouts import Feedforward, LinearMap, find_feedforwards, fuse, unfuse
 from .local import local
 from .losses import Loss, next_token
 from .neurons import join_neurons, share_taps, split_neurons
@@ -309,9 +309,9 @@ def _listen(
 
     def keep_as(maps: tuple[LinearMap, ...]) -> Any:
         def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            parts = output.split([each.rows for each in maps], -1) if len(maps) > 1 else (output,)
+            parts = unfuse(maps, output) if len(maps) > 1 else (output,)
             heard.update((each, (given[0], part)) for each, part in zip(maps, parts, strict=True))
-            return torch.cat(parts, -1) if len(maps) > 1 else None  # made of the parts, that errors reach them
+            return fuse(maps, parts, -1) if len(maps) > 1 else None  # made of the parts, that errors reach them
 
         return keep
 

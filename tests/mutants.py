@@ -179,8 +179,16 @@ MUTANTS = (
     Mutant("levels/describe.py", "if told.own]", "]", "tests/test_describe.py"),
     Mutant("levels/judging.py", "self.accumulators = False", "self.accumulators = True", "tests/test_levels.py"),
     Mutant("levels/judging.py", "if id(weight) in self.held", "if False", "tests/test_levels.py"),
-    Mutant("levels/judging.py", "if moves is None or moves(square):", "if True:", "tests/test_levels.py"),
-    Mutant("levels/judging.py", "new._replace(of=old.of)", "new", "tests/test_levels.py"),
+    Mutant("levels/judging.py", "moves(square):\n        made", "True:\n        made", "tests/test_levels.py"),
+    Mutant("levels/judging.py", "moves(square):\n        return", "True:\n        return", "tests/test_wiring.py"),
+    Mutant("levels/judging.py", "new._replace(of=old.of)", "new", "tests/test_wiring.py"),
+    Mutant(
+        "levels/in_context.py",
+        "starts[i], weights[i] = start, start.weights",
+        "starts[i] = start",
+        "tests/test_cms_laws.py",
+    ),
+    Mutant("levels/transfer.py", "b.detach() + (a - a.detach())", "b", "tests/test_cms_laws.py"),
     Mutant("memory/rule.py", "state.gradient.zero_() if free", "state.gradient.zero_() if own", "tests/test_rule.py"),
     Mutant(
         "memory/rule.py",

@@ -7,10 +7,18 @@ turn; medians of processor seconds of one thread, and their ratios; peak memory 
 benchmarks/results/levels.json.
 
 Peers' unit is the forward pass of a Transformer block, four rows of 1,024 tokens. The nearest peer's update pass steps
-four levels every 8, 32, 128 and 512 positions of four rows, so once in 32 to 2,048 tokens; ours reads one row, with a
-clock that counts tokens: those periods, and 8 to 512 tokens as well. One block, with the levels as four MLPs in a chain
-(as the peer has them), or as the neurons of one MLP of the same width. The update pass is what learning costs above
-reading in the same segments.
+four levels every 8, 32, 128 and 512 positions of four rows, so once in 32 to 2,048 tokens; its 14.1 units come on top
+of the forward and backward pass that find the errors, and in them the block is computed once more. Here one forward and
+backward pass is all there is, so that there are three readings of what learning costs:
+
+* beyond forward and backward, as the peer's figure is: adding gradients up, and stepping on them;
+* beyond reading: the backward pass as well;
+* all: reading as well.
+
+One block, with the levels as four MLPs in a chain (as the peer has them), or as the neurons of one MLP of the same
+width; over four rows as the peer has them, and by a `Reader` of one row, whose clock counts tokens, with those periods
+and with 8 to 512 tokens. "floor" is the multiplications of a reading over those of the unit: no code that computes at
+the unit's own speed is below it.
 """
 
 import argparse
@@ -23,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +44,11 @@ from sequence import DIM, HEADS, LENGTH, TransformerBlock, interleaved, most_kb
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.levels import InContext, Reader, level, neurons
+from nestling.levels import InContext, Reader, begin, level, neurons
+from nestling.levels.judging import Own
+from nestling.levels.judging import learn as step_levels
+from nestling.levels.reading import awake, constant_parameters
+from nestling.levels.writing import backward, tapped
 from nestling.memory import mlp
 from nestling.memory.state import detach
 from nestling.models import Decoder, ModelConfig
@@ -48,6 +61,7 @@ MIXERS: dict[str, Mixer] = {
 }
 PERIODS = (128, 512, 2048, 8192)
 PEERS = (8, 32, 128, 512)  # of the nearest peer's published block, in positions of four rows
+IN_UNITS = ("block", "periods", "four rows")  # in the names of cases that are told in peers' unit alone
 ROWS = 8
 SHAPE = mlp(expansion=4, residual=False)
 
@@ -135,7 +149,8 @@ def cases(mixer: str, tokens: int) -> dict[str, Callable[[], None]]:
 
 
 def in_peers_unit(mixer: str, tokens: Tensor) -> dict[str, Callable[[], None]]:
-    """Reading, and learning while reading, in one block with the peer's periods, in tokens of one row and of four."""
+    """Reading, and learning while reading, in one block with the peer's periods: tokens of one row, and of four rows as
+    many; and positions of four rows, with what stands between the two."""
     made: dict[str, Callable[[], None]] = {}
     for times in (1, 4):
         periods = tuple(times * period for period in PEERS)
@@ -143,7 +158,52 @@ def in_peers_unit(mixer: str, tokens: Tensor) -> dict[str, Callable[[], None]]:
             about = f"{name}, periods {periods[0]} to {periods[-1]}"
             made[f"read, {about}"] = lambda one=one, periods=periods: read(one, tokens[:, :-1], periods[0])  # type: ignore[misc]
             made[f"learn, {about}"] = lambda one=one: learn(one, tokens)  # type: ignore[misc]
+            if times == 4:
+                four = text(4, (tokens.shape[1] - 1) // 4)
+                for way in ("read", "errors", "learn"):
+                    run = partial(four_rows, one, four, PEERS[0], way)
+                    made[f"{way}, {name}, four rows"] = run
     return made
+
+
+def four_rows(made: Decoder, tokens: Tensor, segment: int, way: str) -> None:
+    """Four rows that share their levels: the forward pass ("read"), with the backward pass ("errors"), and with what is
+    done with those ("learn"); clocks count the tokens of all rows."""
+    levels, state = begin(made.levels, made.level_weights()), None
+    own = Own(levels)
+    with constant_parameters(made):
+        for first in range(0, tokens.shape[1] - 1, segment):
+            part, taps = tokens[:, first : first + segment + 1], []
+            with torch.set_grad_enabled(way != "read"):
+                weights = levels.weights if way == "read" else awake(made.levels, levels)
+                given = None if way == "read" else taps
+                logits, state = made(part[:, :-1], state, weights=weights, taps=given)
+                state = detach(state)
+                loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+            if way == "errors":
+                torch.autograd.grad(loss, tapped(made.levels, taps))
+            if way == "learn":
+                found = backward(made.levels, loss, taps)
+                with torch.no_grad():
+                    count = part[:, 1:].numel()
+                    levels, _ = step_levels(made.levels, levels, found, loss.detach(), count, own, None)
+
+
+def floors(name: str) -> dict[str, float]:
+    """Multiplications a token of each reading over those of the unit, in squares of the width; attention over tokens,
+    which both have, and norms are left out of both."""
+    hidden = 8 * (len(PEERS) if name == "chain" else 1)  # two maps of four times the width, for each MLP
+    head, unit = 256 / DIM, 12
+    forward, errors, gradients = (
+        4 + hidden + head,
+        hidden - 4 + head,
+        hidden,
+    )  # nothing asks for the first input's error
+    return {
+        "beyond forward and backward": gradients / unit,
+        "beyond reading": (errors + gradients) / unit,
+        "all": (forward + errors + gradients) / unit,
+    }
 
 
 def alone(mixer: str, case: str, tokens: int) -> None:
@@ -178,12 +238,22 @@ def measure(mixer: str, tokens: int, rounds: int) -> dict[str, Any]:
         "in context with the outer gradient / stream": seconds["in context, 8 rows, first order"] / context,
     }
     unit = seconds["Transformer block, forward"]
-    for name in (
-        name.removeprefix("learn, ") for name in seconds if name.startswith(("learn, chain", "learn, neurons"))
-    ):
-        ratios[f"{name}: learning / peers' unit"] = seconds[f"learn, {name}"] / unit
-        ratios[f"{name}: update pass / peers' unit"] = (seconds[f"learn, {name}"] - seconds[f"read, {name}"]) / unit
-    peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if "block" not in name and "periods" not in name}
+    for name in ("chain", "neurons"):
+        four, every = f"{name}, four rows", [n for n in seconds if n.startswith(f"learn, {name}, periods")]
+        learned = seconds[f"learn, {four}"]
+        told = {
+            "beyond forward and backward": (learned - seconds[f"errors, {four}"]) / unit,
+            "beyond reading": (learned - seconds[f"read, {four}"]) / unit,
+            "all": learned / unit,
+        }
+        for reading, floor in floors(name).items():
+            ratios[f"{four}: {reading} / peers' unit"] = told[reading]
+            ratios[f"{four}: {reading} / peers' unit, floor"] = floor
+        for case in every:
+            about = case.removeprefix("learn, ")
+            ratios[f"{about}: beyond reading / peers' unit"] = (seconds[case] - seconds[f"read, {about}"]) / unit
+            ratios[f"{about}: all / peers' unit"] = seconds[case] / unit
+    peaks = {name: peak_mb(mixer, name, tokens) for name in seconds if not any(word in name for word in IN_UNITS)}
     return {"seconds": seconds, "tokens_per_s": {k: tokens / s for k, s in seconds.items()}} | {
         "ratios": ratios,
         "peak_mb": peaks,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from nestling import checks
 from nestling.checks import options
 from nestling.levels import LevelsState, Reader, level
-from nestling.levels.reading import Own
+from nestling.levels.judging import Own
 from nestling.memory import clip, decay, decay_to_start, gradient_descent, l2, matrix, mlp, momentum, normalize, retain
 from nestling.memory.rule import dampen
 from nestling.models import Decoder, ModelConfig

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nestling.learner.guards import Guard, Guards, GuardState
 from nestling.levels import ExampleReader, MaskedReader, level, masked_tokens, seen_classes, stack
 from nestling.memory.state import flatten
 from pretrained import ENCODERS
@@ -90,6 +91,82 @@ def test_masks_depend_on_position_and_seed_alone() -> None:
     assert not torch.equal(loss.hidden(16, 32), loss.hidden(16, 48))
     assert not torch.equal(loss.hidden(16, 32), masked_tokens(3, share=0.25, seed=2).hidden(16, 32))
     assert int(loss.hidden(1, 0).sum()) == 1
+
+
+class Judge:
+    """Refuses pieces, or ticks of levels, by their numbers; keeps what it was shown."""
+
+    def __init__(self, pieces: tuple[int, ...] = (), levels: tuple[int, ...] = ()) -> None:
+        self.pieces, self.levels = pieces, levels
+        self.shown: list[tuple[float, int]] = []
+        self.moved: list[tuple[int, float]] = []
+
+    def takes(self, before, gradients, loss, tokens) -> bool:  # type: ignore[no-untyped-def]
+        self.shown.append((float(loss), tokens))
+        return len(self.shown) - 1 not in self.pieces
+
+    def moves(self, index: int, square: float) -> bool:
+        self.moved.append((index, square))
+        return index not in self.levels
+
+
+def test_masked_writes_are_judged() -> None:
+    """What is refused teaches nothing, a level whose tick is refused stays, and the clocks go on in both."""
+    model = masked(periods=[8, 16])
+    free, out = MaskedReader(model).read(MaskedReader(model).begin(), TEXT[:48])
+    nothing = Judge()
+    same, told = MaskedReader(model, accept=nothing).read(MaskedReader(model).begin(), TEXT[:48])
+    assert all(torch.equal(x, flatten(same)[name]) for name, x in flatten(free).items())
+    torch.testing.assert_close(told.moved, out.moved, rtol=1e-9, atol=1e-14)
+    assert [tokens for _, tokens in nothing.shown] == [8] * 6
+    for piece, (loss, _) in enumerate(nothing.shown):
+        assert loss == pytest.approx(float(told.nll[8 * piece : 8 * piece + 8].nansum()), rel=1e-9)
+    judge = Judge(pieces=(0, 1), levels=(2,))
+    held, _ = MaskedReader(model, accept=judge).read(MaskedReader(model).begin(), TEXT[:17])
+    assert all(square == 0.0 for _, square in judge.moved), "nothing was learned, and a tick of nothing moves nothing"
+    after, _ = MaskedReader(model, accept=judge).read(held, TEXT[17:48])
+    start, lived = model.level_weights(), after.levels
+    assert torch.equal(held.levels.weights[0][0], start[0][0])
+    assert torch.equal(lived.weights[2][0], start[2][0])
+    assert not torch.equal(lived.weights[0][0], start[0][0])
+    for one, other in zip(lived.rules, free.levels.rules, strict=True):
+        assert int(one[0].elapsed) == int(other[0].elapsed)
+
+
+def test_judged_reading_is_the_same_in_pieces() -> None:
+    model = masked()
+    whole = MaskedReader(model, accept=Judge(pieces=(2, 3), levels=(1,))).read(MaskedReader(model).begin(), TEXT)[0]
+    reader = MaskedReader(model, accept=Judge(pieces=(2, 3), levels=(1,)))
+    state = reader.begin()
+    for part in TEXT.split([7, 50, 1, 32]):
+        state, _ = reader.read(state, part)
+    for name, tensor in flatten(whole).items():
+        torch.testing.assert_close(flatten(state)[name], tensor, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("loss", ["masked", "classes"])
+def test_what_is_not_finite_never_gets_in(loss: str) -> None:
+    """An encoder that breaks on one token: the pieces that hold it are refused, and the others are learned."""
+    base = ENCODERS[f"bert, {loss}"]()
+    told = masked_tokens(3) if loss == "masked" else seen_classes()
+    model = stack(base, [8, 16], loss=told, step_size=0.5)
+    base.get_input_embeddings().register_forward_hook(
+        lambda _, given, out: out.masked_fill((given[0] == 60)[..., None], torch.inf)
+    )
+    guard = Guard(Guards(surprise_jump=math.inf, level_jump=math.inf), model.levels, GuardState.begin(3), "text")
+    poisoned = TEXT[:48].clamp(max=59)
+    poisoned[16:24] = 60
+    if loss == "masked":
+        reader = MaskedReader(model, accept=guard)
+        state, _ = reader.read(reader.begin(), poisoned)
+    else:
+        classes = ExampleReader(model, accept=guard)
+        state, _ = classes.read(classes.begin(), poisoned[24:32], 0)
+        for first in range(0, 48, 8):
+            state, _ = classes.read(state, poisoned[first : first + 8], first // 8 % 2)
+    assert guard.refused == {"not finite": 1}
+    assert all(bool(tensor.isfinite().all()) for tensor in flatten(state).values())
+    assert not torch.equal(state.levels.weights[0][0], model.level_weights()[0][0])
 
 
 def examples(count: int):

@@ -14,7 +14,7 @@ from nestling.learner import Guards, Learner
 from nestling.learner.guards import Guard, GuardState, Record, Running
 from nestling.levels import LevelsState, Reader, initialization, level
 from nestling.levels.reading import ReadingState
-from nestling.levels.writing import passed_over
+from nestling.levels.writing import advance, nothing
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 
@@ -134,11 +134,11 @@ def test_passing_over_is_a_segment_of_zero_gradient() -> None:
     reader = Reader(model, segment=5)
     state = reader.read(reader.begin(), torch.tensor(list(text(1, 6))))[0].levels  # one segment of 5 was learned
     assert int(state.rules[0][0].elapsed) == 5
-    after = passed_over(model.levels, state, 5)
+    after = advance(model.levels, state, nothing(model.levels, state, 5))
     for weight, old, own in zip(after.weights[0], state.weights[0], state.rules[0], strict=True):
         torch.testing.assert_close(weight, old - 0.5 / 10 * own.gradient)
     assert int(after.rules[0][0].elapsed) == 0
-    between = passed_over(model.levels, state, 3)
+    between = advance(model.levels, state, nothing(model.levels, state, 3))
     assert int(between.rules[0][0].elapsed) == 8
     assert torch.equal(between.rules[0][0].gradient, state.rules[0][0].gradient)
 
@@ -155,7 +155,7 @@ def test_levels_that_start_again_keep_their_starts_in_a_guarded_life() -> None:
     assert judged.starts[0] is not None
     theirs = flatten(judged)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in flatten(free).items())
-    over = passed_over(model.levels, judged, 8)
+    over = advance(model.levels, judged, nothing(model.levels, judged, 8))
     assert over.starts[0] is not None
     assert int(over.starts[0].rules[0].elapsed) == (int(judged.starts[0].rules[0].elapsed) + 8) % 24
 

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from nestling.levels import LevelsState, Reader, level
+from nestling.levels.judging import learn
 from nestling.levels.reading import next_cut
-from nestling.levels.writing import Tally, advance
-from nestling.memory import clip, decay, delta_gradient_descent, momentum, retain
+from nestling.memory import clip, decay, decay_to_start, delta_gradient_descent, momentum, retain
+from nestling.memory.rule import Change
 from nestling.memory.state import clone, flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention, self_modifying
@@ -35,15 +36,13 @@ def weights_after(model: Decoder, text: torch.Tensor) -> dict[str, torch.Tensor]
     [momentum(), retain(decay(), momentum()), retain(decay(), delta_gradient_descent(momentum(clip())))],
     ids=repr,
 )
-@pytest.mark.parametrize(
-    "pieces", [[1] * 151, [7, 50, 1, 1, 92], [16, 16, 16, 103], [33, 118]], ids=lambda p: str(p[:4])
-)
+@pytest.mark.parametrize("pieces", [[1] * 83, [7, 50, 1, 25], [16, 16, 16, 35]], ids=lambda p: str(p[:4]))
 def test_one_pass_is_split_passes_with_learning(rule, pieces: list[int]) -> None:
     model = build(level(16, rule=rule, retention=0.9), level(40, rule=rule, retention=0.8))  # 40 is no multiple of 16
-    reader = Reader(model)
-    whole, out = reader.read(reader.begin(), TEXT)
+    reader, text = Reader(model), TEXT[:83]
+    whole, out = reader.read(reader.begin(), text)
     state, nll, moved = reader.begin(), [], []
-    for part in TEXT.split(pieces):
+    for part in text.split(pieces):
         state, got = reader.read(state, part)
         nll.append(got.nll)
         moved.append(got.moved)
@@ -52,7 +51,7 @@ def test_one_pass_is_split_passes_with_learning(rule, pieces: list[int]) -> None
     torch.testing.assert_close(torch.cat(moved), out.moved, rtol=0, atol=1e-10)
     for name, tensor in flatten(whole.levels).items():
         torch.testing.assert_close(flatten(state.levels)[name], tensor, rtol=0, atol=1e-10, msg=name)
-    assert int(state.position) == int(whole.position) == 151
+    assert int(state.position) == int(whole.position) == 83
 
 
 def test_cuts_are_absolute_and_split_at_ticks() -> None:
@@ -153,40 +152,44 @@ def test_reading_leaves_the_model_alone() -> None:
 
 
 class Refusing:
-    """Refuses the segments with these numbers, and lets stand what was written."""
+    """Refuses the segments with these numbers, and the ticks of these levels; keeps what it was asked of."""
 
-    def __init__(self, *refused: int) -> None:
-        self.refused, self.asked = refused, 0
-        self.seen: list[tuple[LevelsState, LevelsState]] = []
+    def __init__(self, *refused: int, still: tuple[int, ...] = ()) -> None:
+        self.refused, self.still, self.asked = refused, still, 0
+        self.seen: list[LevelsState] = []  # before each segment
 
     def takes(self, before, gradients, loss, tokens) -> bool:  # type: ignore[no-untyped-def]
         self.asked += 1
-        self.before = clone(before)
+        self.seen.append(clone(before))
         return self.asked - 1 not in self.refused
 
-    def stands(self, before, after, squares) -> LevelsState:  # type: ignore[no-untyped-def]
-        self.seen.append((self.before, clone(after)))
-        return after
+    def moves(self, index: int, square: float) -> bool:
+        return index not in self.still
 
 
 @pytest.mark.parametrize("asked", [None, Refusing()], ids=["free", "judged"])
-def test_what_a_call_accumulates_it_adds_to_where_it_lies(asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One accumulator for the segments of a call, and never that of a state which somebody holds."""
-    model, places = build(level(16, rule=momentum()), level(80), mixer=attention(window=32)), []
+def test_a_call_writes_over_what_it_owns_and_nothing_else(asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One accumulator for the segments of a call and one place for a level's weights after its first tick, guarded or
+    not; and never those of a state which somebody holds."""
+    model = build(level(16, rule=momentum()), level(16), level(80), mixer=attention(window=32))
+    sums, weights = [], []
 
-    def watched(levels, state, gradients, **given):
-        places.append([rules[0].gradient.data_ptr() for rules in state.rules])
-        return advance(levels, state, gradients, **given)
+    def watched(levels, before, *given):  # type: ignore[no-untyped-def]
+        sums.append([rules[0].gradient.data_ptr() for rules in before.rules])
+        weights.append([maps[0].data_ptr() for maps in before.weights])
+        return learn(levels, before, *given)
 
-    monkeypatch.setattr("nestling.levels.reading.advance", watched)
+    monkeypatch.setattr("nestling.levels.reading.learn", watched)
     reader = Reader(model, accept=asked)
     middle, _ = reader.read(reader.begin(), TEXT[:49])
     held = {name: tensor.clone() for name, tensor in flatten(middle).items()}
-    slow = [place[1] for place in places]
-    assert len(slow) == 3
-    assert len(set(slow[1:])) == 1
+    assert len(sums) == 3
+    assert len({place[2] for place in sums[1:]}) == 1
+    for fast in (0, 1):
+        assert weights[0][fast] != weights[1][fast] == weights[2][fast] == middle.levels.weights[fast][0].data_ptr()
     end, _ = reader.read(middle, TEXT[49:])
-    assert places[3][1] == middle.levels.rules[1][0].gradient.data_ptr() not in [place[1] for place in places[4:]]
+    assert sums[3][2] == middle.levels.rules[2][0].gradient.data_ptr() not in [place[2] for place in sums[4:]]
+    assert weights[3][1] not in [place[1] for place in weights[4:]]
     assert all(torch.equal(tensor, held[name]) for name, tensor in flatten(middle).items())
     whole, _ = reader.read(reader.begin(), TEXT)
     for name, tensor in flatten(whole.levels).items():
@@ -198,10 +201,10 @@ def test_a_refused_write_leaves_every_bit_as_it_was() -> None:
     model = build(level(16, rule=momentum()), level(80), mixer=attention(window=32))
     asked = Refusing(1, 2)
     reader = Reader(model, accept=asked, segment=8)
-    reader.read(reader.begin(), TEXT[:41])
-    assert len(asked.seen) == 5
+    reader.read(reader.begin(), TEXT[:49])
+    assert len(asked.seen) == 6
     for segment in (1, 2, 3):  # at the fast level's tick, between ticks, and one that is taken
-        before, after = (flatten(state) for state in asked.seen[segment])
+        before, after = (flatten(state) for state in asked.seen[segment : segment + 2])
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         clocks = {name for name in before if name.endswith("elapsed")}
         if segment == 2:
@@ -210,8 +213,42 @@ def test_a_refused_write_leaves_every_bit_as_it_was() -> None:
         assert bool(changed & set(slow)) == (segment == 3)
 
 
+@pytest.mark.parametrize("rule", [momentum(), retain(decay(), momentum())], ids=repr)
+def test_a_tick_that_is_not_made_leaves_its_level_and_no_other(rule) -> None:
+    """The weights and the momentum of the level stay; its sum is gone and its clock goes on, as if it had been made."""
+    model = build(level(16, rule=rule, retention=0.9), level(32), mixer=attention(window=32))
+    asked = Refusing(still=(0, 2))
+    reader = Reader(model, accept=asked)
+    start = flatten(reader.begin().levels)
+    after = flatten(reader.read(reader.begin(), TEXT[:40])[0].levels)
+    free = flatten(Reader(model).read(Reader(model).begin(), TEXT[:40])[0].levels)
+    for name, tensor in after.items():
+        still = name.split(".")[1] in "02"
+        if name.startswith("weights") or "buffer" in name:
+            assert torch.equal(tensor, start[name]) == still, name
+        elif name.endswith("elapsed"):
+            assert int(tensor) == int(free[name])
+        elif name.endswith("gradient"):
+            assert not tensor.any(), name
+
+
+def test_what_a_rule_keeps_is_never_written_over() -> None:
+    """A weight that is part of the rule's state, as a retention's start is, stays what it was."""
+    model = build(level(16, rule=retain(decay_to_start(), momentum()), retention=0.5), mixer=attention(window=32))
+    start = [w.detach().clone() for maps in model.level_weights() for w in maps]
+    state, _ = Reader(model).read(Reader(model).begin(), TEXT)
+    found = [kept.of.start for rules in state.levels.rules for kept in rules]
+    assert all(torch.equal(a, b) for a, b in zip(found, start, strict=True))
+    weight, added = torch.ones(2, 3), torch.full((2, 3), 4.0)
+    elsewhere = Change(weight, 0.5, added, (weight[:1],)).made_in_place()
+    assert torch.equal(weight, torch.ones(2, 3))
+    there = Change(weight, 0.5, added, ()).made_in_place()
+    assert there is weight
+    assert torch.equal(there, elsewhere)
+
+
 def test_a_judged_call_is_a_free_one_where_nothing_is_refused() -> None:
-    """Weights in place or not, to the last bit; what they moved is the same but for rounding."""
+    """To the last bit; what the weights moved by is the same but for rounding."""
     model = build(level(16, rule=momentum()), level(32), level(80), mixer=attention(window=32))
     found = [Reader(model, accept=accept).read(Reader(model).begin(), TEXT) for accept in (None, Refusing())]
     (free, out), (judged, told) = found
@@ -220,20 +257,16 @@ def test_a_judged_call_is_a_free_one_where_nothing_is_refused() -> None:
     assert bool((out.moved[-1, 1:] >= 0).all())
 
 
-def test_a_tick_adds_to_weights_where_they_lie_but_not_to_those_of_others() -> None:
-    model = build(level(16), level(80), mixer=attention(window=32))
-    reader = Reader(model)
-    middle, _ = reader.read(reader.begin(), TEXT[:49])
-    kept = clone(middle)
-    tally = Tally(middle.levels)
-    weight = middle.levels.weights[0][0]
-    made = tally.adder(0)(weight, -0.5, torch.ones_like(weight))
-    assert made is not weight
-    assert torch.equal(weight, kept.levels.weights[0][0])
-    again = tally.adder(0)(made, -0.5, torch.ones_like(weight))
-    assert again is made
-    torch.testing.assert_close(again, weight - 1.0)
-    assert tally.squares[0] == pytest.approx(2 * 0.25 * weight.numel())
+def test_what_moved_is_the_distance_of_the_weights() -> None:
+    """In pieces of rows, for a level that only adds and for one that forgets; by the weights before and after."""
+    for rule in (momentum(), retain(decay(), momentum())):
+        model = build(level(16, rule=rule, retention=0.9), level(32, rule=rule), mixer=attention(window=32))
+        reader = Reader(model, accept=Refusing())
+        middle, _ = reader.read(reader.begin(), TEXT[:32])
+        after, out = reader.read(middle, TEXT[32:33])
+        for index, (old, new) in enumerate(zip(middle.levels.weights, after.levels.weights, strict=True)):
+            change = torch.cat([(b - a).flatten() for a, b in zip(old, new, strict=True)])
+            torch.testing.assert_close(out.moved[0, 1 + index], change.square().mean().sqrt())
 
 
 def test_learning_does_not_stop_in_eval_mode() -> None:

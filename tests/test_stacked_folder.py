@@ -181,6 +181,19 @@ def test_encoders_on_disk(tmp_path: Path, text: Path, capsys) -> None:
     assert "does not write" in capsys.readouterr().err
 
 
+def test_an_encoder_that_breaks_says_so_and_learns_nothing_of_it(tmp_path: Path, text: Path, capsys) -> None:
+    base = pretrained(tmp_path / "base", "Bert", "ForMaskedLM")
+    told = ["--loss", "masked_tokens(3)", "--periods", "8", "--step-size", "1e30"]
+    assert main(["stack", str(base), "--out", str(tmp_path / "life"), *told]) == 0
+    assert main(["learn", str(tmp_path / "life"), str(text)]) == 0
+    said = capsys.readouterr().out
+    assert "segments, which were refused" in said
+    assert "The levels' steps are too large" in said
+    saved = load_stacked(tmp_path / "life")
+    state = open_life(tmp_path / "life", saved, reader_of(saved.model, learning=True))
+    assert all(bool(tensor.isfinite().all()) for tensor in flatten(state.levels).values())
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path, text: Path, capsys) -> None:
     base, life = pretrained(tmp_path / "base"), tmp_path / "life"
     with pytest.raises(ValueError, match=r"no config\.json"):

@@ -12,7 +12,7 @@ from nestling.levels.layouts import find_feedforwards
 from nestling.levels.reading import LevelledModel
 from nestling.memory import decay, momentum, retain
 from nestling.memory.state import clone, flatten
-from pretrained import DECODERS, ENCODERS, LEARNED_POSITIONS, MIXTURES, transformers
+from pretrained import DECODERS, ENCODERS, LEARNED_POSITIONS, MIXTURES, in_turn, transformers
 
 TEXT = torch.randint(0, 61, (90,), generator=torch.Generator().manual_seed(1))
 ROWS = TEXT[:80].view(2, 40)
@@ -59,6 +59,39 @@ def test_every_mlp_is_found(layout: str) -> None:
         assert {m.transposed for m in feedforward.maps} == {layout == "gpt2"}
         assert (feedforward.last.rows, feedforward.last.columns) == (16, 64 if layout == "gpt2" else 24)
     assert len(found) == 3
+
+
+@pytest.mark.parametrize("how", ["layers", "neurons", "low_rank"])
+def test_gate_and_up_in_turn_are_those_in_halves(how: str) -> None:
+    """The same model in another order learns the same, neuron by neuron."""
+    halves, turn = (stack(base().double(), [4, 12], how) for base in (DECODERS["phi3"], in_turn))
+    assert torch.equal(turn(ROWS, weights=clone(turn.level_weights()))[0], in_turn().double()(ROWS).logits)
+    for one, other in zip(halves.level_weights(), turn.level_weights(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    first, second = (read(model, TEXT[:30])[0].levels for model in (halves, turn))
+    for name, tensor in flatten(first).items():
+        torch.testing.assert_close(flatten(second)[name], tensor, rtol=0, atol=1e-12, msg=name)
+
+
+def test_a_fused_map_in_another_order_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.bent, self.back = nn.Linear(4, 12), nn.SiLU(), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            return self.back(self.bent(gate) * up.flip(-1))
+
+    class Asking(Odd):
+        def forward(self, x: torch.Tensor, how: str) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    for odd, said in ((Odd(), r"it takes \(0, 11\)"), (Asking(), "it takes none")):
+        with pytest.raises(ValueError, match=r"tower\.0\.both: looks like gate and up.*0 and 6.*" + said):
+            find_feedforwards(nn.ModuleDict({"tower": nn.ModuleList([odd])}))
+        assert not odd.both._forward_hooks
+        assert not odd.back._forward_pre_hooks
 
 
 class Unheard(nn.Module):

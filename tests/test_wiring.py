@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nestling.levels import Reader, backpropagation, chain, heads, initialization, level, reptile
-from nestling.memory import gradient_descent, momentum, retain
+from nestling.memory import gradient_descent, momentum
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
@@ -93,21 +93,6 @@ def test_a_level_starts_again_from_what_the_slower_one_learned(transfer) -> None
     assert all(torch.equal(a, b) for a, b in zip(got.weights[0], got.starts[0].weights, strict=True))
 
 
-@pytest.mark.parametrize("pieces", [[1] * 101, [7, 50, 1, 1, 42], [49, 52]], ids=lambda p: str(p[:3]))
-@pytest.mark.parametrize("transfer", [initialization(order=1), reptile()], ids=repr)
-def test_one_pass_is_split_passes(transfer, pieces: list[int]) -> None:
-    rule = retain(of=momentum())
-    model = build(level(16, rule=rule, retention=0.9, transfer=transfer), level(40, rule=rule, retention=0.8))
-    reader = Reader(model)
-    whole, _ = reader.read(reader.begin(), TEXT)
-    state = reader.begin()
-    for part in TEXT.split(pieces):
-        state, _ = reader.read(state, part)
-    lived = flatten(state.levels)
-    for name, tensor in flatten(whole.levels).items():
-        torch.testing.assert_close(lived[name], tensor, rtol=0, atol=1e-10, msg=name)
-
-
 def test_a_start_that_never_moves_only_forgets() -> None:
     """With a slower level of step 0 the fast one falls back to the model's own weights at every slow tick."""
     model = build(level(16, transfer=initialization(order=1)), level(48, step_size=0.0))
@@ -115,6 +100,30 @@ def test_a_start_that_never_moves_only_forgets() -> None:
     assert all(torch.equal(a, b) for a, b in zip(learned.weights[0], model.level_weights()[0], strict=True))
     plain = after(build(level(16), level(48, step_size=0.0)), TEXT[:49])
     assert not torch.equal(plain.weights[0][0], learned.weights[0][0])
+
+
+class Holding:
+    """Takes every segment and makes no tick of the first level."""
+
+    def takes(self, before, gradients, loss, tokens) -> bool:  # type: ignore[no-untyped-def]
+        return True
+
+    def moves(self, index: int, square: float) -> bool:
+        return index != 0
+
+
+def test_a_level_that_may_not_move_starts_again_nowhere() -> None:
+    """Neither its own ticks nor those of its start move it, nor what its rule remembers; the start learns on."""
+    fast = level(16, rule=momentum(), transfer=initialization(order=1))
+    model = build(fast, level(40, rule=momentum()))
+    reader = Reader(model, accept=Holding())
+    held = reader.read(reader.begin(), TEXT[:97])[0].levels
+    assert all(torch.equal(a, b) for a, b in zip(held.weights[0], model.level_weights()[0], strict=True))
+    assert not any(rule.of.buffer.any() for rule in held.rules[0])
+    assert not torch.equal(held.starts[0].weights[0], held.weights[0][0])
+    free = after(model, TEXT[:97])
+    assert [int(rules[0].elapsed) for rules in held.rules] == [int(rules[0].elapsed) for rules in free.rules]
+    assert not torch.equal(free.weights[0][0], held.weights[0][0])
 
 
 def test_what_does_not_fit_is_said() -> None:

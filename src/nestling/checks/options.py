@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nestling.levels import Level, Reader, level, spectrum
+from nestling.levels import Level, Reader, level, local, spectrum
 from nestling.memory import (
     Part,
     clip,
@@ -117,6 +117,8 @@ def _quick(block: Level, period: int) -> Level:
     learning ended leaves a level where it is, as no start at all does."""
     if isinstance(block, level | spectrum):
         block = dataclasses.replace(block, step_size=min(block.step_size, 0.5))
+    if isinstance(block, local):
+        return local(_quick(block.of, period), small(block.attentional_bias))  # type: ignore[arg-type]
     if isinstance(block, spectrum):
         return dataclasses.replace(small(block), fastest=period, slowest=2 * period)
     endless = not isinstance(block, level) or block.period == math.inf

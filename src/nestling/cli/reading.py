@@ -105,8 +105,8 @@ def open_reader(directory: Path, *, learning: bool) -> tuple[SavedModel | SavedS
 def _learn_model(directory: Path, documents: list[tuple[str, bytes]], paths: tuple[Path, ...]) -> None:
     saved, reader, state = open_reader(directory, learning=True)
     guard = Guard(FINITE, saved.model.levels, GuardState.begin(len(saved.model.levels)), str(directory))
-    predicts_all = isinstance(reader, Reader)  # an encoder predicts what is masked, and is not guarded
-    reader = replace(reader, accept=guard) if predicts_all else reader
+    predicts_all = isinstance(reader, Reader)  # an encoder predicts what is masked
+    reader = replace(reader, accept=guard)
     total, counted, lost = 0.0, 0.0, 0
     with progress() as bars:
         task = bars.add_task("reading", total=sum(len(text) for _, text in documents), note="")

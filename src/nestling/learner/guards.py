@@ -97,44 +97,34 @@ class Guard:
         self.rules, self.levels, self.state, self.source = rules, levels, state, source
         self.refused: Counter[str] = Counter()
         self.held: Counter[int] = Counter()  # level -> ticks whose change was too large
-        self._added: dict[int, float] = {}  # by the segment that is being judged
 
     def takes(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], loss: Tensor, tokens: int) -> bool:
         """Judge a segment by its surprise and by what it would add, before any of it is added."""
         surprise = float(loss) / max(1, tokens)
         finite = math.isfinite(surprise) and all(_finite(gradient) for found in gradients for gradient in found)
-        self._added = self._measure(before, gradients, tokens) if finite and tokens >= SHORT else {}
-        reason = self._reason(surprise, self._added, finite, tokens)
+        added = self._measure(before, gradients, tokens) if finite and tokens >= SHORT else {}
+        reason = self._reason(surprise, added, finite, tokens)
         if tokens >= SHORT:
             self._count(reason)
         if reason:
             self.refused[reason] += 1
-            self._added = {}
         elif tokens >= SHORT:
-            self.state = self.state._replace(surprise=self.state.surprise.add(surprise))
+            runs = self.state.added
+            for index, value in added.items():
+                runs = _with(runs, index, runs[index].add(value))
+            self.state = self.state._replace(surprise=self.state.surprise.add(surprise), added=runs)
         return reason is None
 
-    def stands(self, before: LevelsState, after: LevelsState, squares: Sequence[float]) -> LevelsState:
-        """Take the numbers of what stands into the running means; a tick that would move its level too far leaves
-        the weights where they were."""
-        runs_added, runs_moved = list(self.state.added), list(self.state.moved)
-        weights, rules = list(after.weights), list(after.rules)
-        trusted = self.state.record(self.source).trusted
-        for index, value in self._added.items():
-            runs_added[index] = runs_added[index].add(value)
-        for index in self._ticked(before, after):
-            value = math.sqrt(squares[index])
-            jumps = runs_moved[index].jumps(value, self.rules.level_jump, self.rules.warm_segments)
-            if not math.isfinite(value) or (jumps and not trusted):
-                weights[index] = before.weights[index]
-                rules[index] = tuple(
-                    new._replace(of=old.of) for new, old in zip(after.rules[index], before.rules[index], strict=True)
-                )
-                self.held[index] += 1
-            else:
-                runs_moved[index] = runs_moved[index].add(value)
-        self.state = self.state._replace(added=tuple(runs_added), moved=tuple(runs_moved))
-        return after._replace(weights=tuple(weights), rules=tuple(rules))
+    def moves(self, index: int, square: float) -> bool:
+        """Judge a tick by how far it would move its level, before it does."""
+        value = math.sqrt(square) if math.isfinite(square) else math.inf
+        run, trusted = self.state.moved[index], self.state.record(self.source).trusted
+        jumps = run.jumps(value, self.rules.level_jump, self.rules.warm_segments)
+        if not math.isfinite(value) or (jumps and not trusted):
+            self.held[index] += 1
+            return False
+        self.state = self.state._replace(moved=_with(self.state.moved, index, run.add(value)))
+        return True
 
     def _reason(self, surprise: float, added: dict[int, float], finite: bool, tokens: int) -> str | None:
         record, rules = self.state.record(self.source), self.rules
@@ -158,16 +148,6 @@ class Guard:
         record = record._replace(segments=segments, refused=refused, quarantined=record.quarantined or enough)
         self.state = self.state.with_record(self.source, record)
 
-    def _ticked(self, before: LevelsState, after: LevelsState) -> list[int]:
-        """The levels whose clocks went round: fewer tokens, or as many, have passed since their last tick."""
-        pairs = zip(before.rules, after.rules, strict=True)
-        clocks = [(_elapsed(old), _elapsed(new)) for old, new in pairs]
-        return [
-            index
-            for index, (lvl, (old, new)) in enumerate(zip(self.levels, clocks, strict=True))
-            if lvl.period != math.inf and new <= old
-        ]
-
     def _measure(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], tokens: int) -> dict[int, float]:
         """Per level that is awake and stays off its tick: the norm of what is added to its gradient."""
         return {
@@ -175,6 +155,10 @@ class Guard:
             for index, (lvl, rules, found) in enumerate(zip(self.levels, before.rules, gradients, strict=True))
             if lvl.period != math.inf and _elapsed(rules) + tokens < lvl.period
         }
+
+
+def _with(runs: tuple[Running, ...], index: int, run: Running) -> tuple[Running, ...]:
+    return (*runs[:index], run, *runs[index + 1 :])
 
 
 def _elapsed(rules: Sequence[EveryState]) -> int:

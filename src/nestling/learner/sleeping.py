@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nestling.levels import Growing, LevelledModel, ReadingState
-from nestling.levels.reading import Accept
+from nestling.levels import Accept, Growing, LevelledModel, ReadingState
 from nestling.models.data import from_data, to_data
 from nestling.sleep import SleepConfig, SleepReport, affordable, sleep
 from nestling.sleep.dreaming import mean_nats

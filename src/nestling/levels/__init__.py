@@ -7,9 +7,11 @@ from .evaluation import mean_surprise, surprise_by_position
 from .growing import Growing
 from .handover import Moments, hand_over, moments_of
 from .in_context import InContext, InContextState
+from .judging import Accept
+from .local import local
 from .losses import Loss, masked_tokens, next_token, seen_classes
 from .neurons import neurons, spectrum
-from .reading import Accept, LevelledModel, Reader, ReadingState, ReadOut
+from .reading import LevelledModel, Reader, ReadingState, ReadOut
 from .slots import Slots
 from .stacking import StackConfig, Stacked, StackedDecoder, StackedEncoder, stack
 from .transfer import (
@@ -72,6 +74,7 @@ __all__ = [
     "heads",
     "initialization",
     "level",
+    "local",
     "masked_tokens",
     "mean_surprise",
     "moments_of",

@@ -22,11 +22,11 @@ from .transfer import Meta, Transfer, backpropagation, initialization, reptile
 
 @runtime_checkable
 class Tap(Protocol):
-    """Where a level's gradient is read off: tensors of the forward pass at which an error is needed, and what their
-    errors say of every map of the level."""
+    """Where a level's gradient is read off: tensors of the forward pass at which it asks for the error of the task's
+    loss, and what their errors say of every map of the level."""
 
     @property
-    def outputs(self) -> tuple[Tensor, ...]: ...
+    def asks(self) -> tuple[Tensor, ...]: ...
 
     def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> Sequence[Gradient]: ...
 
@@ -34,19 +34,25 @@ class Tap(Protocol):
 class Taps(NamedTuple):
     """What a level's linear maps received and gave in one forward pass: where its gradient is read off.
 
-    neurons: those of the hidden layer that are this level's, where a block has several levels.
+    neurons: those of the hidden layer that are this level's, where a block has several levels. errors: those at the
+    outputs, where they are known already, of an objective of the level's own.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     neurons: slice | None = None
+    errors: tuple[Tensor, ...] | None = None
+
+    @property
+    def asks(self) -> tuple[Tensor, ...]:
+        return self.outputs if self.errors is None else ()
 
     def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> list[Pairs]:
-        """The gradient of every map of the level, from the errors at the outputs [b, t, out]: of a group of neurons,
+        """The gradient of every map of the level, from the errors [b, t, out] that it asked for: of a group of neurons,
         the rows of the maps that lead to them and the columns of the map that leads on. rows: of each row b of a
         batch for itself, else of all of them together."""
-        last = 1 if rows else 0
-        found = [Pairs(e.flatten(last, -2), x.flatten(last, -2)) for e, x in zip(errors, self.inputs, strict=True)]
+        last, known = 1 if rows else 0, errors if self.errors is None else self.errors
+        found = [Pairs(e.flatten(last, -2), x.flatten(last, -2)) for e, x in zip(known, self.inputs, strict=True)]
         if self.neurons is None:
             return found
         *first, onward = found
@@ -72,9 +78,22 @@ class Level(Part, family=True):
     def join(self, levels: Sequence[Weights]) -> Weights:
         """The weights of the block's maps, from those of its levels."""
 
+    @property
+    def objective(self) -> str:
+        """What its levels are written with, in words."""
+        return "next-token loss"
+
     @abstractmethod
-    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
-        """Where each level's gradient is read off, given what the block's maps received and gave."""
+    def taps(
+        self,
+        levels: Sequence[Weights],
+        keys: Tensor,
+        read: Tensor,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> list[Taps]:
+        """Where each level's gradient is read off, given what the block was asked and answered [b, t, d], and what its
+        maps received and gave."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,7 +147,14 @@ class level(Level):
         (weights,) = levels
         return weights
 
-    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+    def taps(
+        self,
+        levels: Sequence[Weights],
+        keys: Tensor,
+        read: Tensor,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> list[Taps]:
         return [Taps(inputs, outputs)]
 
     @property
@@ -217,7 +243,7 @@ class Continuum(nn.Module):
                 mine, normed = _tap_only(mine, normed)
             read, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
-                taps.extend(block.taps(mine, inputs, outputs))
+                taps.extend(block.taps(mine, normed, read, inputs, outputs))
             for bank in slots[: len(block.levels)]:
                 read = read + read_slots(bank, normed)
             slots = slots[len(block.levels) :]

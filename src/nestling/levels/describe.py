@@ -15,8 +15,12 @@ from nestling.optim.explain import memories
 from nestling.sequence.mixer import Mixer, MixerModule
 from nestling.sequence.named import Model
 
-from .continuum import level
-from .transfer import backpropagation, direct, direct_context, initialization
+from .continuum import Continuum, level
+from .growing import Growing
+from .losses import next_token
+from .stacking import Stacked
+from .transfer import direct, direct_context, initialization
+from .whole import Whole
 
 
 class Row(NamedTuple):
@@ -91,7 +95,7 @@ class System(NamedTuple):
 
 
 def describe(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, tokens_per_step: int | None = None
+    model: nn.Module | Whole, optimizer: torch.optim.Optimizer | None = None, *, tokens_per_step: int | None = None
 ) -> System:
     """The nested system of a model: its sequence memories, its levels, the rest of its weights, and the memories of
     its optimizer. Any module will do; of one that is not this library's, attention is known by its class's name.
@@ -100,9 +104,13 @@ def describe(
     updated once a step of `tokens_per_step` tokens; without one they are fixed.
     """
     step = math.inf if optimizer is None else float(tokens_per_step or 1)
-    rows = [*_sequence_rows(model), *_level_rows(model), _weights_row(model, optimizer, step)]
+    rows = [*_sequence_rows(_module(model)), *_level_rows(model), _weights_row(model, optimizer, step)]
     rows += [] if optimizer is None else _moment_rows(optimizer, step)
     return System(tuple(sorted((row for row in rows if row.numbers or row.period == 0), key=lambda row: row.period)))
+
+
+def _module(model: nn.Module | Whole) -> nn.Module:
+    return model.model if isinstance(model, Whole) else model
 
 
 def _sequence_rows(model: nn.Module) -> Iterator[Row]:
@@ -118,7 +126,7 @@ def _sequence_rows(model: nn.Module) -> Iterator[Row]:
     for mixer, modules in found.items():
         told = Model(mixer, "", "").choices if isinstance(mixer, Mixer) else None
         if told is None or told[3].startswith("solved"):
-            window = getattr(modules[0], "window", None)
+            window = getattr(modules[0], "window", None) or getattr(model, "context", None)  # a stacked model's cache
             pairs = f"the last {window} pairs" if window else "all past pairs"
             wire = f"{direct_context()}: the context itself"
             name = mixer if told is None else type(mixer).__name__
@@ -133,22 +141,52 @@ def _sequence_rows(model: nn.Module) -> Iterator[Row]:
         yield Row(name, 1.0, "tokens: keys, values", bias, rule + kept, numbers, len(modules), wire)
 
 
-def _level_rows(model: nn.Module) -> Iterator[Row]:
+class _Told(NamedTuple):
+    """A level in words. own: are its weights parameters of the model, and not a life's alone?"""
+
+    name: str
+    objective: str = "next-token loss"
+    own: bool = True
+
+
+def _told(model: Any) -> list[_Told]:
+    """What each level of a model is, in their order."""
+    if isinstance(model, Whole):
+        return [*_told(model.model), _Told("all other weights")]
+    if isinstance(model, Growing):
+        inner = _told(model.model)
+        return [
+            *inner,
+            *(_Told(f"slots: {model.slots} of rank {model.rank}", "a sleep's dreams", False) for _ in inner),
+        ]
+    if isinstance(model, Stacked):
+        beside = f"rank {model.config.rank} beside " if model.config.how == "low_rank" else ""
+        parts = "neurons of " if model.config.how == "neurons" else ""
+        name = f"level: {beside}{parts}the MLPs of {type(model.base).__name__}"
+        return [_Told(name, f"{model.config.loss or next_token()}") for _ in model.levels]
+    blocks = [block for part in model.modules() if isinstance(part, Continuum) for block in part.blocks]
+    found = [_Told(f"level: {block.structure}", block.objective) for block in blocks for _ in block.levels]
+    levels = getattr(model, "levels", ())
+    return found if len(found) == len(levels) else [_Told(f"level: {lvl.structure}") for lvl in levels]
+
+
+def _level_rows(model: nn.Module | Whole) -> Iterator[Row]:
     levels = getattr(model, "levels", ())
     weights = model.level_weights() if levels else ()  # type: ignore[operator]
-    found: dict[level, list[int]] = {}
-    for lvl, maps in zip(levels, weights, strict=True):
-        found.setdefault(lvl, []).append(sum(weight.numel() for weight in maps))
-    for lvl, sizes in found.items():
-        name, flow = f"level: {lvl.structure}", "block inputs, errors of the task"
+    found: dict[tuple[level, _Told], list[int]] = {}
+    for lvl, told, maps in zip(levels, _told(model), weights, strict=True):
+        found.setdefault((lvl, told), []).append(sum(weight.numel() for weight in maps))
+    for (lvl, told), sizes in found.items():
+        flow = "block inputs, errors of the task" if told.objective == "next-token loss" else "block inputs"
         rule = f"{lvl.rule!r}, step size {lvl.step_size:g}"
-        yield Row(name, lvl.period, flow, "next-token loss", rule, sum(sizes), len(sizes), f"{backpropagation()}")
+        yield Row(told.name, lvl.period, flow, told.objective, rule, sum(sizes), len(sizes), f"{lvl.transfer}")
 
 
-def _weights_row(model: nn.Module, optimizer: torch.optim.Optimizer | None, step: float) -> Row:
-    held = getattr(model, "levels", ())
-    inside = {id(w) for maps in (model.level_weights() if held else ()) for w in maps}  # type: ignore[operator]
-    numbers = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+def _weights_row(model: nn.Module | Whole, optimizer: torch.optim.Optimizer | None, step: float) -> Row:
+    levels = model.level_weights() if getattr(model, "levels", ()) else ()  # type: ignore[operator]
+    own = [maps for told, maps in zip(_told(model), levels, strict=True) if told.own]
+    inside = sum(weight.numel() for maps in own for weight in maps)
+    numbers = sum(p.numel() for p in _module(model).parameters()) - inside
     rule = "fixed" if optimizer is None else type(optimizer).__name__
     name, flow = "weights" if not inside else "weights outside of levels", "layer inputs, errors of the task"
     return Row(name, step, flow, "the task's loss", rule, numbers, 1, "slowest")

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .continuum import Taps
+from .judging import Accept, Own, learn
 from .losses import masked_tokens, seen_classes
-from .reading import ReadOut, awake, constant, moved, next_cut, read_out
+from .reading import ReadOut, awake, constant, next_cut, read_out, row_of
 from .stacking import StackedEncoder
-from .writing import LevelsState, begin, write
+from .writing import LevelsState, backward, begin
 
 
 class MaskedState(NamedTuple):
@@ -30,11 +31,14 @@ class MaskedReader:
 
     A piece is looked at whole, with some tokens masked; their loss, summed, is what the levels are written with. The
     clocks count all of its tokens. One pass = split passes = token by token: cuts and masks are those of the stream.
+    accept: as in `Reader`; tokens are those of the piece, and the loss is that of the masked ones, of which there are
+    `masked_tokens.share`.
     """
 
     model: StackedEncoder
     learning: bool = True
     segment: int = 128
+    accept: Accept | None = None
 
     def __post_init__(self) -> None:
         _check(self.model, masked_tokens)
@@ -56,9 +60,9 @@ class MaskedReader:
         nll, rows = [], []
         tokens = torch.cat([state.segment, tokens])
         start = int(state.position) - state.segment.numel()
-        levels = state.levels
+        levels, own = state.levels, Own(state.levels)
         while tokens.numel() >= (size := next_cut(start, self.periods, self.segment) - start):
-            levels, losses, row = self._piece(levels, tokens[:size], start)
+            levels, losses, row = self._piece(levels, tokens[:size], start, own)
             nll.append(losses)
             rows.append(row)
             tokens, start = tokens[size:], start + size
@@ -69,10 +73,10 @@ class MaskedReader:
         if not state.segment.numel():
             return state, read_out(state.levels, [], [])
         start = int(state.position) - state.segment.numel()
-        levels, losses, row = self._piece(state.levels, state.segment, start)
+        levels, losses, row = self._piece(state.levels, state.segment, start, Own(state.levels))
         return MaskedState(levels, state.position, state.segment[:0]), read_out(levels, [losses], [row])
 
-    def _piece(self, levels: LevelsState, tokens: Tensor, start: int) -> tuple[LevelsState, Tensor, Tensor]:
+    def _piece(self, levels: LevelsState, tokens: Tensor, start: int, own: Own) -> tuple[LevelsState, Tensor, Tensor]:
         told = self.model.config.loss
         assert isinstance(told, masked_tokens)
         hidden = told.hidden(tokens.numel(), start).to(tokens.device)
@@ -81,10 +85,10 @@ class MaskedReader:
         def loss(logits: Tensor) -> Tensor:
             return F.cross_entropy(logits[0, hidden], tokens[hidden], reduction="none")
 
-        after, losses = _learn(self.model, levels, shown, loss, self.learning)
+        after, losses, squares = _learn(self, levels, shown, loss, own)
         nll = losses.new_full(tokens.shape, torch.nan)
         nll[hidden] = losses
-        return after, nll, moved(levels, after, start + tokens.numel())
+        return after, nll, row_of(squares, after, start + tokens.numel())
 
 
 class ExampleState(NamedTuple):
@@ -108,10 +112,11 @@ class ExampleOut(NamedTuple):
 class ExampleReader:
     """Reads examples with their classes, one at a time, with a classifier stacked with `seen_classes`: predict, then
     learn. The clocks count the examples' tokens; an example longer than what is left of a period is not split, and the
-    tick is taken at its end."""
+    tick is taken at its end. accept: as in `Reader`, of each example and its loss."""
 
     model: StackedEncoder
     learning: bool = True
+    accept: Accept | None = None
 
     def __post_init__(self) -> None:
         _check(self.model, seen_classes)
@@ -141,28 +146,38 @@ class ExampleReader:
             found.append(logits[0].detach())
             return told.nats(logits[0], label, state.seen)[None]
 
-        levels, losses = _learn(self.model, state.levels, tokens, loss, self.learning)
+        levels, losses, squares = _learn(self, state.levels, tokens, loss, Own(state.levels))
         known = found[0].masked_fill(~state.seen, -torch.inf)
         predicted = int(known.argmax()) if bool(state.seen.any()) else -1
         seen = state.seen.clone()
         seen[label] = True
         position = state.position + tokens.numel()
-        change = moved(state.levels, levels, int(position))
+        change = row_of(squares, levels, int(position))
         return ExampleState(levels, position, seen), ExampleOut(losses[0], predicted, change)
 
 
 def _learn(
-    model: StackedEncoder, levels: LevelsState, tokens: Tensor, loss: Callable[[Tensor], Tensor], learning: bool
-) -> tuple[LevelsState, Tensor]:
-    """One forward pass; the levels after it, and the losses [n] before."""
-    if not learning:
+    reader: MaskedReader | ExampleReader,
+    levels: LevelsState,
+    tokens: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    own: Own,
+) -> tuple[LevelsState, Tensor, list[float]]:
+    """One forward pass; the levels after it, the losses [n] before, and by how much each level moved, squared."""
+    model = reader.model
+    if not reader.learning:
         with torch.no_grad():
-            return levels, loss(model(tokens[None], weights=levels.weights)[0])
+            losses = loss(model(tokens[None], weights=levels.weights)[0])
+        return levels, losses, [0.0] * len(levels.weights)
     taps: list[Taps] = []
     with torch.enable_grad():
         weights = awake(model.levels, levels)
         losses = loss(constant(model)(tokens[None], weights=weights, taps=taps)[0])
-        return write(model.levels, levels, losses.sum(), taps), losses.detach()
+        gradients = backward(model.levels, losses.sum(), taps)
+    with torch.no_grad():
+        losses = losses.detach()
+        after, squares = learn(model.levels, levels, gradients, losses.sum(), tokens.numel(), own, reader.accept)
+    return after, losses, squares
 
 
 def _check(model: StackedEncoder, kind: type) -> None:

@@ -18,7 +18,7 @@ from nestling.memory.structure import Weights
 from .continuum import Taps
 from .reading import LevelledModel, next_cut
 from .transfer import straight_through
-from .writing import LevelsState, begin, errors_of, step, tapped
+from .writing import LevelsState, Start, begin, errors_of, step, tapped
 
 
 class InContextState(NamedTuple):
@@ -155,6 +155,8 @@ class InContext:
         taps: list[Taps] = []
         with torch.enable_grad(), _differentiable_attention() if through else contextlib.nullcontext():
             logits, sequence = self._model(tokens, state.sequence, weights=state.levels.weights, taps=taps)
+            if any(tap.errors is not None for tap in taps) and not bool(counts.all()):
+                raise ValueError("a local level learns from every position; counts leaves some out")
             losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * counts
             outputs = tapped(self._model.levels, taps)
             wanted = [*outputs, *outer]
@@ -171,7 +173,8 @@ class InContext:
         return self._cut(state, levels, sequence, tokens.shape[1]), losses, found[len(outputs) :]
 
     def _attach(self, state: InContextState) -> InContextState:
-        """Everything as constants, the levels' weights as constants added to the model's own."""
+        """Everything as constants, the levels' weights, and those that they start again from, as constants added to the
+        model's own."""
         state = map_tensors(Tensor.detach, state._replace(updates=(), position=0))._replace(
             updates=state.updates, position=state.position
         )
@@ -179,19 +182,29 @@ class InContext:
         weights = tuple(
             straight_through(maps, learned) for maps, learned in zip(own, state.levels.weights, strict=True)
         )
-        return state._replace(levels=state.levels._replace(weights=weights))
+        starts = tuple(
+            None if start is None else start._replace(weights=straight_through(maps, start.weights))
+            for maps, start in zip(own, state.levels.starts, strict=True)
+        )
+        return state._replace(levels=state.levels._replace(weights=weights, starts=starts))
 
     def _cut(self, state: InContextState, levels: LevelsState, sequence: Any, tokens: int) -> InContextState:
         """The state after a segment, with the graph cut at the updates that are to be constants."""
-        weights, rules, updates = list(levels.weights), list(levels.rules), list(state.updates)
-        own, position = self._model.level_weights(), state.position + tokens
-        for i, (lvl, depth) in enumerate(zip(self._model.levels, self.depths, strict=True)):
+        weights, rules, starts = list(levels.weights), list(levels.rules), list(levels.starts)
+        own, position, updates = self._model.level_weights(), state.position + tokens, list(state.updates)
+        all_levels = self._model.levels
+        for i, (lvl, depth) in enumerate(zip(all_levels, self.depths, strict=True)):
+            start = starts[i]
+            if start is not None and position % (slower := int(all_levels[i + 1].period)) == 0:
+                if depth != math.inf and position // slower % (int(depth) + 1) == 0:
+                    start = Start(straight_through(own[i], start.weights), detach(start.rules))
+                starts[i], weights[i] = start, start.weights  # where the level has just started again
             if lvl.period == math.inf or position % lvl.period:
                 continue
             updates[i] += 1
             if depth != math.inf and updates[i] % (int(depth) + 1) == 0:
                 weights[i], rules[i] = straight_through(own[i], weights[i]), detach(rules[i])
-        levels = levels._replace(weights=tuple(weights), rules=tuple(rules))
+        levels = LevelsState(tuple(weights), tuple(rules), tuple(starts))
         return InContextState(levels, tuple(updates), position, detach(sequence) if self.first_order else sequence)
 
 

@@ -1,7 +1,8 @@
 """Where the MLPs of a pre-trained model are: found by structure, whatever the model and its modules are called."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,22 @@ _FUNCTIONS = {F.gelu, F.relu, F.silu, F.tanh, F.sigmoid, F.mish, F.leaky_relu, F
 @dataclass(frozen=True)
 class LinearMap:
     """A linear map inside a model: its module's path, its width, and whether its weight lies as [in, out]. start: its
-    first row in a weight that holds several maps (gate and up fused); None where it is alone."""
+    first row in a weight that holds several maps (gate and up fused); None where it is alone. every: its rows are those
+    from there on, 1, or every other one, 2."""
 
     path: str
     rows: int  # outputs
     columns: int  # inputs
     transposed: bool
     start: int | None = None
+    every: int = 1
 
     def read(self, model: nn.Module) -> Tensor:
         """The model's own weight, as [out, in]."""
         weight = model.get_submodule(self.path).weight
         assert isinstance(weight, Tensor)
         whole = weight.mT if self.transposed else weight
-        return whole if self.start is None else whole[self.start : self.start + self.rows]
+        return whole if self.start is None else whole[self.start : self.start + self.every * self.rows : self.every]
 
     def place(self, weight: Tensor, like: Tensor) -> Tensor:
         """A weight [out, in] as the model keeps it: transposed where it is, and in memory as that lies."""
@@ -67,18 +70,32 @@ class Feedforward:
             like = model.get_submodule(maps[0].path).weight
             assert isinstance(like, Tensor)
             parts = [each.place(by_map[each], like) for each in maps]
-            fused = torch.cat(parts, 1 if maps[0].transposed else 0) if len(parts) > 1 else parts[0]
-            named[f"{maps[0].path}.weight"] = fused
+            named[f"{maps[0].path}.weight"] = fuse(maps, parts, 1 if maps[0].transposed else 0)
         return named
+
+
+def fuse(maps: tuple[LinearMap, ...], parts: Sequence[Tensor], dim: int) -> Tensor:
+    """What belongs to the rows of a module's maps, along `dim` in the module's order."""
+    if len(parts) == 1:
+        return parts[0]
+    dim = dim % parts[0].dim()
+    return torch.stack(list(parts), dim + 1).flatten(dim, dim + 1) if maps[0].every > 1 else torch.cat(list(parts), dim)
+
+
+def unfuse(maps: tuple[LinearMap, ...], output: Tensor) -> tuple[Tensor, ...]:
+    """A module's output [..., rows] by its maps."""
+    if maps[0].every > 1:
+        return output.unflatten(-1, (-1, len(maps))).unbind(-1)
+    return output.split([each.rows for each in maps], -1)
 
 
 def find_feedforwards(model: nn.Module) -> tuple[Feedforward, ...]:
     """The MLPs of a model's layers, in the order of the layers.
 
     A layer is an element of an `nn.ModuleList`; its MLP is one or two linear maps d -> h that stand beside an
-    activation in one module, or one map d -> 2h that is both (in halves), and the first linear map h -> d from there
-    on. Raises ValueError saying what was looked for, and what the layers hold, where there is none; and where a layer
-    has experts of which a token meets only some.
+    activation in one module, or one map d -> 2h that is both (in halves, or neuron by neuron: the module is asked with
+    one token), and the first linear map h -> d from there on. Raises ValueError saying what was looked for, and what
+    the layers hold, where there is none; and where a layer has experts of which a token meets only some.
     """
     stacks = list(_outermost(model, ""))
     for path, stack in stacks:
@@ -117,17 +134,58 @@ def _in(layer: nn.Module, path: str) -> Iterator[Feedforward]:
         first = [m for m in beside if back and order.index(m) < order.index(back[0])]
         if first and len(first) <= 2 and all((m.rows, m.columns) == (wide.rows, wide.columns) for m in first):
             yield Feedforward(tuple(first), back[0])
-        elif not back and (fused := _fused(wide, beside, order)):
+        elif not back and (fused := _fused(layer, holder, path, wide, beside, order)):
             yield fused
 
 
-def _fused(wide: LinearMap, beside: list[LinearMap], order: list[LinearMap]) -> Feedforward | None:
+def _fused(
+    layer: nn.Module, holder: nn.Module, path: str, wide: LinearMap, beside: list[LinearMap], order: list[LinearMap]
+) -> Feedforward | None:
     """Gate and up in one map d -> 2h, the only one beside the activation before a map h -> d."""
     half = wide.rows // 2
     back = [m for m in order[order.index(wide) + 1 :] if (m.rows, m.columns) == (wide.columns, half)]
     if wide.rows % 2 or not back or any(order.index(m) < order.index(back[0]) for m in beside[1:]):
         return None
-    return Feedforward((replace(wide, rows=half, start=0), replace(wide, rows=half, start=half)), back[0])
+    before, after = (layer.get_submodule(each.path.removeprefix(f"{path}.")) for each in (wide, back[0]))
+    starts = _first_neuron(holder, before, after, wide.columns)
+    if starts not in ((0, half), (0, 1)):
+        raise ValueError(
+            f"{wide.path}: looks like gate and up in one map, of which neuron 0 takes the rows 0 and {half} (in "
+            f"halves) or 0 and 1 (in turn); asked with a token, it takes {starts or 'none'}"
+        )
+    every = 2 if starts[1] == 1 else 1
+    first = tuple(replace(wide, rows=half, start=start, every=every) for start in starts)
+    return Feedforward(first, back[0])
+
+
+def _first_neuron(holder: nn.Module, wide: nn.Module, back: nn.Module, width: int) -> tuple[int, ...]:
+    """The rows of a map that the first input of the map after it depends on, in a module that takes one tensor; none
+    where it takes something else."""
+    heard: dict[str, Tensor] = {}
+
+    def answer(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        ramp = torch.linspace(0.5, 1.5, output.shape[-1]).to(output)
+        heard["rows"] = ramp.expand(output.shape).clone().requires_grad_()
+        return heard["rows"]
+
+    def arrive(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        heard["neurons"] = given[0]
+
+    handles = [wide.register_forward_hook(answer), back.register_forward_pre_hook(arrive)]
+    like = wide.weight
+    assert isinstance(like, Tensor)
+    try:
+        with torch.enable_grad():
+            holder(like.new_ones(1, 1, width))
+    except (TypeError, RuntimeError):
+        return ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if "neurons" not in heard:
+        return ()
+    (found,) = torch.autograd.grad(heard["neurons"][..., 0].sum(), heard["rows"])
+    return tuple(found.flatten().nonzero().flatten().tolist())
 
 
 def _refuse_experts(model: nn.Module, layer: nn.Module, path: str) -> None:

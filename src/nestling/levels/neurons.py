@@ -30,7 +30,14 @@ class _divided(Level, abstract=True):
     def join(self, levels: Sequence[Weights]) -> Weights:
         return join_neurons(levels)
 
-    def taps(self, levels: Sequence[Weights], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Taps]:
+    def taps(
+        self,
+        levels: Sequence[Weights],
+        keys: Tensor,
+        read: Tensor,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, ...],
+    ) -> list[Taps]:
         return share_taps(levels, inputs, outputs)
 
     @property

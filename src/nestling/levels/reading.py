@@ -6,7 +6,7 @@ segment's gradient, and only then is that token processed. Where calls begin and
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestling.memory.rule import Gradient
 from nestling.memory.state import detach
 from nestling.memory.structure import Weights
 
 from .continuum import Taps, level
-from .writing import LevelsState, Tally, advance, backward, begin, passed_over
+from .judging import Accept, Own, learn
+from .writing import LevelsState, backward, begin
 
 
 @runtime_checkable
@@ -79,23 +79,7 @@ def next_cut(position: int, periods: tuple[float, ...], segment: int) -> int:
     return min(position // step * step + step for step in steps)
 
 
-@runtime_checkable
-class Accept(Protocol):
-    """Judges every write, before it is made and after it."""
-
-    def takes(self, before: LevelsState, gradients: Sequence[Sequence[Gradient]], loss: Tensor, tokens: int) -> bool:
-        """Is a segment learned from? gradients: of each level, what it would add for every map (nothing where the
-        period is inf); loss: of the segment, in nats. What is refused teaches nothing: clocks go on."""
-        ...
-
-    def stands(self, before: LevelsState, after: LevelsState, squares: Sequence[float]) -> LevelsState:
-        """The levels that stand after a write. squares: by how much each level's weights moved, squared and summed.
-        `before` has its weights and what its rules remember; its accumulators may have been added to since."""
-        ...
-
-
 _BLOCK = 2048  # tokens of one forward pass where no cut asks for less
-_CACHED = 1 << 17  # numbers that a processor's cache holds beside others
 
 
 @dataclass(frozen=True)
@@ -190,14 +174,14 @@ class Reader:
         position = state.position + tokens.numel()
         return ReadingState(state.levels, position, segment, state.before, now, logits[0, -1]), losses
 
-    def _close(self, state: ReadingState, following: Tensor | None, own: "Own") -> tuple[ReadingState, Tensor]:
+    def _close(self, state: ReadingState, following: Tensor | None, own: Own) -> tuple[ReadingState, Tensor]:
         """Write the levels with the segment, which came in pieces; the token at its end has arrived, or never will."""
         _, levels, now, squares = self._learn(state, state.segment, following, own)
         change = row_of(squares, levels, int(state.position))
         return ReadingState(levels, state.position, state.segment[:0], now, now, state.logits), change
 
     def _whole(
-        self, state: ReadingState, tokens: Tensor, following: Tensor, own: "Own"
+        self, state: ReadingState, tokens: Tensor, following: Tensor, own: Own
     ) -> tuple[ReadingState, Tensor, Tensor]:
         """A segment that arrives whole, with the token after it: one forward pass for prediction and learning."""
         logits, levels, now, squares = self._learn(state, tokens, following, own)
@@ -207,7 +191,7 @@ class Reader:
         return ReadingState(levels, position, tokens[:0], now, now, logits[-1]), losses, change
 
     def _learn(
-        self, state: ReadingState, tokens: Tensor, following: Tensor | None, own: "Own"
+        self, state: ReadingState, tokens: Tensor, following: Tensor | None, own: Own
     ) -> tuple[Tensor, LevelsState, Any, list[float]]:
         """Logits of a segment [n, V], the levels after it is learned, the sequence state at its end, and by how much
         each level moved, squared and summed."""
@@ -219,36 +203,9 @@ class Reader:
             loss = F.cross_entropy(logits[0, : targets.numel()], targets, reduction="sum")
             gradients = backward(self.model.levels, loss, taps)
         with torch.no_grad():
-            levels, squares = self._write(state.levels, gradients, loss.detach(), tokens.numel(), own)
+            given = (state.levels, gradients, loss.detach(), tokens.numel(), own, self.accept)
+            levels, squares = learn(self.model.levels, *given)
         return logits[0].detach(), levels, detach(now), squares
-
-    def _write(
-        self, before: LevelsState, gradients: list[Sequence[Gradient]], loss: Tensor, tokens: int, own: "Own"
-    ) -> tuple[LevelsState, list[float]]:
-        """The levels that stand after a segment, and by how much each moved, squared and summed."""
-        levels = self.model.levels
-        if self.accept is None:
-            tally = Tally(own.held)
-            after = advance(levels, before, gradients, own=own.accumulators, tally=tally)
-            own.accumulators = True
-            return after, squared_changes(before, after, tally.squares)
-        if self.accept.takes(before, gradients, loss, tokens):
-            after = advance(levels, before, gradients, own=own.accumulators)
-        else:
-            after = passed_over(levels, before, tokens)
-        own.accumulators = True
-        squares = squared_changes(before, after)
-        stands = self.accept.stands(before, after, squares)
-        return stands, [
-            0.0 if w is old else s for w, old, s in zip(stands.weights, before.weights, squares, strict=True)
-        ]
-
-
-class Own:
-    """What a call may add to where it lies: all but what is in the state that it was given, which the caller holds."""
-
-    def __init__(self, given: LevelsState) -> None:
-        self.held, self.accumulators = given, False
 
 
 def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
@@ -257,33 +214,11 @@ def awake(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
     return tuple(tuple(w.detach().requires_grad_(lvl.period != math.inf) for w in maps) for lvl, maps in pairs)
 
 
-def moved(before: LevelsState, after: LevelsState, position: int) -> Tensor:
-    """A row of `ReadOut.moved`: the position, and the root mean square of each level's change."""
-    return row_of(squared_changes(before, after), after, position)
-
-
 def row_of(squares: Sequence[float], levels: LevelsState, position: int) -> Tensor:
     """A row of `ReadOut.moved`, from the squares of each level's changes."""
     sizes = [sum(weight.numel() for weight in maps) for maps in levels.weights]
     means = [math.sqrt(square / size) for square, size in zip(squares, sizes, strict=True)]
     return torch.tensor([float(position), *means], dtype=torch.float64)
-
-
-def squared_changes(before: LevelsState, after: LevelsState, known: Mapping[int, float] | None = None) -> list[float]:
-    """The squares of each level's changes, summed. known: those that are known already, by level."""
-    known = known or {}
-    return [
-        known[i] if i in known else sum(_squared_distance(a, b) for a, b in zip(old, new, strict=True) if a is not b)
-        for i, (old, new) in enumerate(zip(before.weights, after.weights, strict=True))
-    ]
-
-
-def _squared_distance(old: Tensor, new: Tensor) -> float:
-    """Some rows at a time, so that no difference as large as a map is ever written down."""
-    rows = max(1, _CACHED // max(1, old.shape[-1]))
-    pieces = zip(old.split(rows, -2), new.split(rows, -2), strict=True)
-    norms = torch.stack([torch.linalg.vector_norm(after - before) for before, after in pieces])
-    return float(norms.double().square().sum())
 
 
 def constant(model: LevelledModel) -> Callable[..., tuple[Tensor, Any]]:

@@ -15,7 +15,8 @@ from nestling.memory.structure import Weights
 from .attention_cache import CacheState, keep, place
 from .beside import read_beside
 from .continuum import Level, Taps, level
-from .layouts import Feedforward, LinearMap, find_feedforwards
+from .layouts import Feedforward, LinearMap, find_feedforwards, fuse, unfuse
+from .local import local
 from .losses import Loss, next_token
 from .neurons import join_neurons, share_taps, split_neurons
 from .slots import Slots
@@ -46,6 +47,8 @@ class StackConfig:
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("periods must name at least one period or level, such as [128, 512]")
+        if any(isinstance(block, local) for block in self.levels):
+            raise ValueError("local levels know their own inputs and answers, in a Continuum; a stack learns the task")
         divided = [block for block in self.levels if not isinstance(block, level)]
         if divided and (self.how != "neurons" or len(self.levels) > 1):
             raise ValueError(f"{divided[0]} divides neurons: give it alone, as periods, with how='neurons'")
@@ -306,9 +309,9 @@ def _listen(
 
     def keep_as(maps: tuple[LinearMap, ...]) -> Any:
         def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            parts = output.split([each.rows for each in maps], -1) if len(maps) > 1 else (output,)
+            parts = unfuse(maps, output) if len(maps) > 1 else (output,)
             heard.update((each, (given[0], part)) for each, part in zip(maps, parts, strict=True))
-            return torch.cat(parts, -1) if len(maps) > 1 else None  # made of the parts, that errors reach them
+            return fuse(maps, parts, -1) if len(maps) > 1 else None  # made of the parts, that errors reach them
 
         return keep
 

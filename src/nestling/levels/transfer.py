@@ -204,8 +204,8 @@ def _for_each(weights: Weights, context: Context) -> Weights:
 
 
 def straight_through(start: Weights, learned: Weights) -> Weights:
-    """The learned weights, as if they were the start moved by constants: the gradient is handed on to the start."""
-    return tuple(a + (b - a).detach() for a, b in zip(start, learned, strict=True))
+    """The learned weights, to the bit, as if they were the start moved by constants: the gradient goes to the start."""
+    return tuple(b.detach() + (a - a.detach()) for a, b in zip(start, learned, strict=True))
 
 
 Write = Callable[[Tensor, Any], Context]

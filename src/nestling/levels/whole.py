@@ -15,7 +15,7 @@ from .continuum import Taps, level
 class DenseTaps(NamedTuple):
     """Where the gradient of weights that are not maps of a block is read off: at the weights themselves."""
 
-    outputs: tuple[Tensor, ...]
+    asks: tuple[Tensor, ...]
     tokens: int
 
     def pairs(self, errors: Sequence[Tensor], rows: bool = False) -> list[Summed]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nestling.memory.rule import Add, EveryState, Gradient, Summed
+from nestling.memory.rule import EveryState, Gradient, Summed
 from nestling.memory.state import map_tensors
 from nestling.memory.structure import Weights
 
@@ -74,9 +74,9 @@ def backward(levels: tuple[level, ...], loss: Tensor, taps: Sequence[Tap]) -> li
 
 
 def tapped(levels: tuple[level, ...], taps: Sequence[Tap]) -> list[Tensor]:
-    """The outputs at which errors are needed: each once, of the levels that learn."""
+    """The outputs at which errors of the task are needed: each once, of the levels that learn."""
     awake = (tap for tap, lvl in zip(taps, levels, strict=True) if lvl.period != math.inf)
-    return list({id(output): output for tap in awake for output in tap.outputs}.values())
+    return list({id(output): output for tap in awake for output in tap.asks}.values())
 
 
 def errors_of(outputs: Sequence[Tensor], errors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -103,7 +103,7 @@ def gradients_of(
 ) -> list[Sequence[Gradient]]:
     """Of each level that learns, the gradient of every map; nothing of the others."""
     return [
-        () if lvl.period == math.inf else tap.pairs([errors[id(output)] for output in tap.outputs], rows)
+        () if lvl.period == math.inf else tap.pairs([errors[id(output)] for output in tap.asks], rows)
         for lvl, tap in zip(levels, taps, strict=True)
     ]
 
@@ -114,53 +114,42 @@ def advance(
     gradients: Sequence[Sequence[Gradient]],
     *,
     own: bool = False,
-    tally: "Tally | None" = None,
 ) -> LevelsState:
-    """The levels after one step of every clocked rule on these gradients; `own` as in `write`.
-
-    A level that starts again does so after its own step, where the clock of the next slower one ticks. tally: how
-    weights are added to, and by how much they move.
-    """
+    """The levels after one step of every clocked rule on these gradients; `own` as in `write`."""
     weights, rules, starts = list(state.weights), list(state.rules), list(state.starts)
     for i, (lvl, found) in enumerate(zip(levels, gradients, strict=True)):
         if lvl.period == math.inf:
             continue
         start = starts[i] if starts else None
-        add = None if tally is None or start is not None else tally.adder(i)
-        weights[i], rules[i] = _stepped(lvl, weights[i], found, rules[i], own, add)
-        if start is not None:
-            starts[i], ticked = _learn_start(lvl, levels[i + 1], start, weights[i], found)
-            if ticked:
-                weights[i] = starts[i].weights  # type: ignore[union-attr]
-                fresh = zip(_fresh(lvl, weights[i]), rules[i], strict=True)
-                rules[i] = tuple(new._replace(elapsed=old.elapsed) for new, old in fresh)
+        if start is None:
+            weights[i], rules[i] = _stepped(lvl, weights[i], found, rules[i], own)
+        else:
+            weights[i], rules[i], starts[i] = step_and_restart(
+                lvl, levels[i + 1], weights[i], rules[i], start, found, own
+            )
     return LevelsState(tuple(weights), tuple(rules), tuple(starts))
 
 
-class Tally:
-    """Adds to weights where they lie, except to those of `held`, which somebody else holds; and tells by how much
-    those moved that it added to, since nothing is left to compare them with."""
-
-    def __init__(self, held: LevelsState) -> None:
-        self.held = {id(weight): weight for maps in held.weights for weight in maps}
-        self.squares: dict[int, float] = {}  # level -> squares of the changes, summed
-
-    def adder(self, index: int) -> Add:
-        def add(weight: Tensor, times: float, added: Tensor) -> Tensor:
-            norm = float(torch.linalg.vector_norm(added)) * times
-            self.squares[index] = self.squares.get(index, 0.0) + norm * norm
-            return torch.add(weight, added, alpha=times) if id(weight) in self.held else weight.add_(added, alpha=times)
-
-        return add
+def step_and_restart(
+    fast: level, slow: level, maps: Weights, rules: Rules, start: Start, found: Sequence[Gradient], own: bool = False
+) -> tuple[Weights, Rules, Start]:
+    """A level that starts again, after its own step; and, where the clock of the next slower one ticks, from where
+    that has learned to start."""
+    maps, rules = _stepped(fast, maps, found, rules, own)
+    start, ticked = _learn_start(fast, slow, start, maps, found)
+    if not ticked:
+        return maps, rules, start
+    fresh = zip(_fresh(fast, start.weights), rules, strict=True)
+    return start.weights, tuple(new._replace(elapsed=old.elapsed) for new, old in fresh), start
 
 
-def passed_over(levels: tuple[level, ...], state: LevelsState, tokens: int) -> LevelsState:
-    """The levels after a segment that teaches nothing: clocks go on, and a tick steps on what came before it."""
-    nothing: list[Sequence[Gradient]] = []
+def nothing(levels: tuple[level, ...], state: LevelsState, tokens: int) -> list[Sequence[Gradient]]:
+    """The gradient of a segment that teaches nothing: clocks go on, and a tick steps on what came before it."""
+    found: list[Sequence[Gradient]] = []
     for lvl, rules in zip(levels, state.rules, strict=True):
         zeros = [map_tensors(torch.zeros_like, (rule.gradient, rule.inputs)) for rule in rules]
-        nothing.append(() if lvl.period == math.inf else [Summed(total, gram, tokens) for total, gram in zeros])
-    return advance(levels, state, nothing)
+        found.append(() if lvl.period == math.inf else [Summed(total, gram, tokens) for total, gram in zeros])
+    return found
 
 
 def _stepped(
@@ -169,10 +158,9 @@ def _stepped(
     gradients: Sequence[Gradient],
     rules: Rules,
     own: bool = False,
-    add: Add | None = None,
 ) -> tuple[Weights, Rules]:
     after = [
-        lvl.clocked.step(weight, gradient, rule, lvl.gates, own, add)
+        lvl.clocked.step(weight, gradient, rule, lvl.gates, own)
         for weight, gradient, rule in zip(maps, gradients, rules, strict=True)
     ]
     return tuple(weight for weight, _ in after), tuple(rule for _, rule in after)

@@ -13,7 +13,6 @@ computed at once (`nestling.sequence.chunk`). Oracles: `memory.naive` token by t
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,8 +28,6 @@ State = Any
 """Nested NamedTuples of tensors; () where a part remembers nothing."""
 Scaled = tuple[Tensor, float, State]
 """An update in two, a tensor and the number that multiplies it; and the state."""
-Add = Callable[[Tensor, float, Tensor], Tensor]
-"""(weight, times, added) -> weight + times * added."""
 
 
 class Rule(Part, family=True):
@@ -537,6 +534,26 @@ class EveryState(NamedTuple):
     of: State
 
 
+class Change(NamedTuple):
+    """What a tick makes of a weight: `weight + times * added`; or, where the rule does more than add, `weight`, the new
+    one already. Beside it the state inside of the clock."""
+
+    weight: Tensor
+    times: float
+    added: Tensor | None
+    of: State
+
+    def made(self) -> Tensor:
+        """The new weight; the old one is not written over."""
+        return self.weight if self.added is None else torch.add(self.weight, self.added, alpha=self.times)
+
+    def made_in_place(self) -> Tensor:
+        """The new weight, where the old one lies, which must be the caller's alone; elsewhere if the rule keeps it."""
+        if self.added is None or _lies_in(self.weight, self.of):
+            return self.made()
+        return self.weight.add_(self.added, alpha=self.times)
+
+
 _ALMOST = 1 - 1e-9  # of a timed period: durations that add up to it but for rounding
 
 
@@ -601,44 +618,49 @@ class every(Rule):
         return EveryState(elapsed, torch.zeros_like(weight), inputs, self.of.init(weight))
 
     def step(
-        self,
-        weight: Tensor,
-        gradient: Gradient,
-        state: State,
-        gates: Gates,
-        own: bool = False,
-        add: Add | None = None,
+        self, weight: Tensor, gradient: Gradient, state: State, gates: Gates, own: bool = False
     ) -> tuple[Tensor, State]:
-        """One step. own: the sum in `state` is the caller's alone and is used up, so that a gradient is added to it
-        where it lies; the one exception to purity, for who holds the only state. Weights are never written over, but
-        by `add`: how a tick's update is added, where the rule keeps the weight as it is and adds to it."""
+        """One step. own: as in `accumulate`. The weight is never written over."""
         if self.period == math.inf:
             return weight, state
+        after = self.accumulate(gradient, state, own)
+        tick = self.due(after)
+        if not bool(tick.any()):
+            return weight, after
+        change = self.change(weight, after, gates)
+        stepped = change.made()
+        if bool(tick.all()):
+            return stepped, self.rest(after, change, own)
+        return torch.where(tick[..., None, None], stepped, weight), select(tick, self.rest(after, change), after)
+
+    def accumulate(self, gradient: Gradient, state: EveryState, own: bool = False) -> EveryState:
+        """The state with a gradient added to its sum, and its tokens to the clock, which may be due now. own: the sum
+        is the caller's alone and is used up, so that the gradient is added to it where it lies; the one exception to
+        purity, for who holds the only state."""
         own = own and not torch.is_grad_enabled() and state.gradient.is_contiguous()
-        elapsed = state.elapsed + gradient.tokens
-        total = gradient.added_to(state.gradient, own)
         inputs = None if state.inputs is None else state.inputs + gradient.gram()
-        tick = elapsed >= self.period * _ALMOST if self.timed else elapsed >= self.period
-        some = bool(tick if tick.dim() == 0 else tick.any())
-        if not some:
-            return weight, EveryState(elapsed, total, inputs, state.of)
-        every_row = some if tick.dim() == 0 else bool(tick.all())
+        return EveryState(state.elapsed + gradient.tokens, gradient.added_to(state.gradient, own), inputs, state.of)
+
+    def due(self, state: EveryState) -> Tensor:
+        """Is it time for a tick? bool [...]."""
+        return state.elapsed >= (self.period * _ALMOST if self.timed else self.period)
+
+    def change(self, weight: Tensor, state: EveryState, gates: Gates) -> Change:
+        """What a tick makes of the weight and of the state inside; nothing is changed yet."""
         gates = gates._replace(step_size=gates.step_size / self.period)
-        summed, inner = Summed(total, inputs, tokens=0), self.of.anchor(state.of)
-        if add is not None and every_row and isinstance(self.of, Direction):
+        summed, inner = Summed(state.gradient, state.inputs, tokens=0), self.of.anchor(state.of)
+        if isinstance(self.of, Direction):
             added, times, inner = self.of.scaled(weight, summed, inner, gates)
-            stepped = (
-                add(weight, times, added) if not _lies_in(weight, inner) else torch.add(weight, added, alpha=times)
-            )
-        else:
-            stepped, inner = self.of.step(weight, summed, inner, gates)
-        left, emptied = self._left_over(elapsed), None if inputs is None else torch.zeros_like(inputs)
-        if every_row:
-            free = own and not _lies_in(total, (stepped, inner))
-            return stepped, EveryState(left, total.zero_() if free else torch.zeros_like(total), emptied, inner)
-        after = EveryState(left, torch.zeros_like(total), emptied, inner)
-        before = EveryState(elapsed, total, inputs, state.of)
-        return torch.where(tick[..., None, None], stepped, weight), select(tick, after, before)
+            return Change(weight, times, added, inner)
+        stepped, inner = self.of.step(weight, summed, inner, gates)
+        return Change(stepped, 0.0, None, inner)
+
+    def rest(self, state: EveryState, change: Change, own: bool = False) -> EveryState:
+        """The state after a tick: nothing is summed. own: as in `accumulate`; the change has been made, or never is."""
+        free = own and not torch.is_grad_enabled() and not _lies_in(state.gradient, (change.weight, change.of))
+        empty = state.gradient.zero_() if free else torch.zeros_like(state.gradient)
+        emptied = None if state.inputs is None else torch.zeros_like(state.inputs)
+        return EveryState(self._left_over(state.elapsed), empty, emptied, change.of)
 
     def _left_over(self, elapsed: Tensor) -> Tensor:
         """What a tick leaves on the clock."""

@@ -7,8 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from nestling.levels import Growing, LevelsState, Reader, ReadingState
-from nestling.levels.reading import Accept
+from nestling.levels import Accept, Growing, LevelsState, Reader, ReadingState
 from nestling.memory.state import detach, stack
 from nestling.memory.structure import Weights
 

@@ -99,12 +99,49 @@ def test_flipped_journal_pages(folder: Path, whole: Learner, tmp_path: Path) -> 
                 same(life, whole)
                 for event in life.journal.path_events(life.at):
                     life.journal.content(event)
+                assert (life.sources(), life.history()) == (whole.sources(), whole.history())
             silent += 1
         except (ValueError, OSError):
             said += 1
         shutil.rmtree(where)
     assert said >= 1
     assert silent >= 1  # free bytes of pages
+
+
+CHANGES = {
+    "UPDATE events SET statistics = replace(statistics, '64', '65') WHERE id = 3": "event 3 did",
+    "UPDATE events SET statistics = '{}', done = 0 WHERE id = 3": "event 3 did",
+    "UPDATE events SET done = done + 1 WHERE id = 3": "event 3 did",
+    "UPDATE events SET seal = '' WHERE id = 3": "event 3 did",
+    "UPDATE history SET detail = replace(detail, 'kept', 'left') WHERE id = 2": "line 2 of its history",
+    "UPDATE history SET after = 0 WHERE id = 3": "line 3 of its history",
+    "UPDATE history SET action = 'fork' WHERE id = 2": "line 2 of its history",
+    "DELETE FROM history WHERE id = 1": "line 1 of its history",
+    "DELETE FROM history WHERE id = 3": "its history has lost lines",
+    "UPDATE facts SET value = '1' WHERE name = 'void'": "its facts are not those",
+    "DELETE FROM facts WHERE name = 'about'": "its facts are not those",
+}
+
+
+def test_what_stands_beside_the_chain_is_sealed(folder: Path) -> None:
+    """Whoever asks for what was changed is told, and so is verify."""
+    with Learner.open(folder) as life:
+        life.snapshot("kept")
+        life.rollback("kept")
+    file = folder / "journal.sqlite"
+    whole = file.read_bytes()
+    for change, said in CHANGES.items():
+        file.write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as db:
+            assert db.execute(change).rowcount == 1
+        if "facts" in change:
+            with pytest.raises(ValueError, match=f"journal.sqlite: damaged: {said}"):
+                Learner.open(folder)
+            continue
+        (problem,) = verify_life(folder).problems
+        assert said in problem, change
+        with Learner.open(folder, write=False) as life, pytest.raises(ValueError, match=said):
+            life.sources() if "events" in change else life.history()
 
 
 def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) -> None:
@@ -264,13 +301,10 @@ def test_facts_that_were_changed(folder: Path) -> None:
 
 def test_a_newer_journal_is_refused(folder: Path) -> None:
     with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
-        db.execute("PRAGMA user_version=2")
-    with pytest.raises(ValueError, match=r"journal\.sqlite: format 2; this version reads up to 1"):
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        db.execute("PRAGMA user_version=3")
+    with pytest.raises(ValueError, match=r"journal\.sqlite: format 3; this version reads up to 2"):
         Learner.open(folder)
-    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
-        db.execute("PRAGMA user_version=0")  # as the first lives have it
-    Learner.open(folder).close()
 
 
 def full_disk(*_: object) -> None:

@@ -319,6 +319,8 @@ def test_nothing_bad_is_journaled(life: Learner) -> None:
         life.learn("", "doc")
     with pytest.raises(ValueError, match="source is empty"):
         life.learn("text", "")
+    with pytest.raises(ValueError, match="derived must be an event of this life"):
+        life.learn("text", "doc", derived=99)
     with pytest.raises(ValueError, match=r"\[0, 256\), got 3 to 300"):
         life.learn(torch.tensor([3, 300]), "doc")
     for tokens in (torch.zeros(3), torch.tensor([True]), torch.zeros(1, 3).long()):

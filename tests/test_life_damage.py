@@ -161,6 +161,24 @@ def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) ->
         assert "last" in whole_again.sources()
 
 
+def test_an_interruption_parts_no_state_from_its_event(folder: Path, whole: Learner, monkeypatch) -> None:
+    """Stopped right after an event was learned, before anything says so: closing writes nothing that is not so."""
+    life = Learner.open(folder)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for each in (life, whole):
+        each.learn(text(7, 20), "before")
+    monkeypatch.setattr(life.journal, "record", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        life.learn(text(8, 20), "last")
+    life.close()
+    whole.learn(text(8, 20), "last")
+    with Learner.open(folder) as again:
+        same(again, whole)
+
+
 @pytest.mark.parametrize("step", ["rollback", "forget"])
 def test_a_lost_step_back_is_noticed(step: str, folder: Path, tmp_path: Path) -> None:
     """A log that lost the transaction of a rollback, or of a forgetting, does not bring back what was left behind."""
@@ -255,10 +273,19 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     check_after(tmp_path / "moved", said)
 
 
-def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
-    """Nothing can be written: a writer is told so, readers see the newest snapshot."""
+def test_a_read_only_folder(folder: Path, whole: Learner, tmp_path: Path) -> None:
+    """Nothing can be written: a writer is told so, readers see the newest snapshot, and a copy is a life like any."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    logged = tmp_path / "logged"
+    with Learner.open(folder) as life:
+        life.accept(text(7), "waiting")
+        shutil.copytree(folder, logged)  # as if it had been killed: what was accepted is in the log alone
+        life.forget("waiting")
 
     def work(say: Say) -> None:
+        for path in (logged, *logged.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
         if os.geteuid() == 0:
@@ -272,13 +299,23 @@ def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
         except OSError as error:
             say(f"refused {error}")
         with Learner.open(folder, write=False) as life:
-            say(f"read {life.digest} {len(life.sources())}")
+            say(f"read {life.digest} {len(life.sources())} {verify_life(folder).problems}")
+            with life.fork(tmp_path / "open" / "fork") as fork:
+                for number in range(4):
+                    fork.learn(text(number, 9), "more")
+                    fork.snapshot()
+        with Learner.open(logged, write=False) as life:
+            say(f"waiting {life.status()['waiting']} {life.notes}")
 
     child = spawn(work)
     child.wait_for("done")
-    refused, read, _ = child.kill()
+    refused, read, waiting, _ = child.kill()
     assert "ermission denied" in refused
-    assert read == f"read {whole.digest} 6"
+    assert read == f"read {whole.digest} 6 []"
+    assert waiting == "waiting 2 []"
+    found = verify_life(tmp_path / "open" / "fork")
+    assert (found.problems, found.notes) == ([], [])
+    assert len(numbered(tmp_path / "open" / "fork" / "snapshots")) == 3
 
 
 def test_facts_that_were_changed(folder: Path) -> None:

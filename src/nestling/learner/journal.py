@@ -203,7 +203,9 @@ class Journal:
         the path, and where there is no such event: it may have been forgotten."""
         with self.still():
             ids = [int(row[0]) for row in self.ask(f"{PATH} SELECT id FROM path", event, after, after)][::-1]
-            if event != after and (event == BIRTH or self.event(ids[0] if ids else event).parent != after):
+            for each in {event, after} - {BIRTH}:
+                self.event(each)  # says where there is none
+            if event != after and (not ids or self.event(ids[0]).parent != after):
                 raise ValueError(f"{self.path}: event {after} is not on the way to event {event}")
         return ids
 

@@ -44,6 +44,7 @@ def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int 
         way = {BIRTH: 0} | {number: depth for depth, number in enumerate(journal.path_ids(goal), 1)}
         listed = list_snapshots(folder / "snapshots")
         live = [s for s in listed if s.event in way and journal.chain_of(s.event) == s.chain]
+        chain = journal.chain_of(goal)
     notes: list[str] = []
     damaged: set[int] = set()
     for snapshot in sorted(live, key=lambda s: (way[s.event], s.number), reverse=True):
@@ -55,6 +56,8 @@ def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int 
             notes.append(f"{error}; an older snapshot is taken")
             damaged.add(snapshot.number)
             continue
+        if journal.chain_of(goal) != chain:  # the writer forgot something on the way, and its snapshots
+            return newest_state(folder, journal, like, event)
         if snapshot.event != goal:
             notes += [
                 f"this machine differs from the snapshot's, what follows is not the same bit for bit: {difference}"

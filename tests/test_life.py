@@ -254,6 +254,36 @@ def test_pruned_text_is_refused_by_name(tmp_path: Path) -> None:
         assert "doc 6" in again.sources()
 
 
+def test_what_is_kept_can_be_changed(life: Learner, tmp_path: Path) -> None:
+    """From then on, by whoever opens it, and in copies; what is older is let go of at once."""
+    for number in range(8):
+        life.learn(text(number), f"doc {number}")
+    assert not any(event.pruned for event in life.journal.all_events())
+    with pytest.raises(ValueError, match="keep_snapshots must be >= 2, got 1"):
+        life.keep(journal_tokens=200, keep_snapshots=1)
+    assert not any(event.pruned for event in life.journal.all_events())
+    digest = life.digest
+    life.keep(journal_tokens=200)
+    assert life.keep(keep_snapshots=4) == replace(KEEP, journal_tokens=200, keep_snapshots=4)
+    kept = [event.id for event in life.journal.all_events() if not event.pruned]
+    assert 1 not in kept
+    assert life.at in kept
+    assert sum(life.journal.event(event).tokens for event in kept) < 400
+    assert [line["action"] for line in life.history()][-3:] == ["keep", "prune", "keep"]
+    with life.fork(tmp_path / "fork") as fork:
+        assert (fork.config, fork.digest) == (life.config, digest)
+        for number in range(6):
+            fork.learn(text(number), "more")
+            fork.snapshot()
+        assert len(fork.status()["snapshots"]) == 5
+    life.close()
+    with Learner.open(life.folder, write=False) as reader:
+        assert reader.config == life.config
+        with pytest.raises(ValueError, match="opened for reading"):
+            reader.keep(journal_tokens=100)
+    assert verify_life(life.folder, replay=True).problems == []
+
+
 def test_snapshots_are_few(life: Learner) -> None:
     for number in range(12):
         life.learn(text(number), "doc")

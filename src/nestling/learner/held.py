@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +52,13 @@ class Held:
             self._lock = take(folder / "lock", str(folder))
         try:
             about = read_about(folder, write=write)
-            self.config = about.config
             self.model, self.tokens, self.model_hash = read_model(folder / "model")
             if self.model_hash != about.model:
                 raise ValueError(f"{folder}: a life of model {about.model}, but model/ is {self.model_hash}")
             self.fold = Fold(self.model, about.config.guards)
             self.like: ReadingState = Reader(self.model).begin()
             self._journal = Journal(folder, write=write)
+            self.config = replace(about.config, **self.journal.facts().get("keeping", {}))
             self._wake(tell)
         except BaseException:
             self.let_go()
@@ -185,6 +186,16 @@ class Held:
         self.notes = found.notes
         self._damaged = found.damaged
         self._tokens_since = 0
+
+    def keep(self, changes: dict[str, float]) -> None:
+        """From now on keep what the configuration with these changes says. They stand in the journal: they are there
+        or not, and a copy takes them along."""
+        config = replace(self.config, **changes)  # type: ignore[arg-type]  (raises for what is out of bounds)
+        with self.journal.transaction():
+            self.journal.set_fact("keeping", self.journal.facts().get("keeping", {}) | changes)
+            self.journal.note("keep", self.journal.last(), **changes)
+        self.config = config
+        self.clean()
 
     def turn_back(self, tell: Tell | None) -> None:
         """Go to where the head is now, and leave a snapshot there."""

@@ -48,7 +48,7 @@ class Learner:
 
     def __init__(self, folder: Path, *, write: bool, tell: Tell | None = None) -> None:
         self.held = held = Held(folder, write=write, tell=tell)
-        self.folder, self.config, self.fold = folder, held.config, held.fold
+        self.folder, self.fold = folder, held.fold
         self.model, self.tokens, self.model_hash = held.model, held.tokens, held.model_hash
         self.talks = Talks(folder, held.model, held.config.seed, held.like)
 
@@ -82,6 +82,11 @@ class Learner:
     def close(self) -> None:
         """Write a snapshot where something was learned since the last one, and let go of the life."""
         self.held.close()
+
+    @property
+    def config(self) -> LifeConfig:
+        """How the life is kept now."""
+        return self.held.config
 
     @property
     def journal(self) -> Journal:
@@ -280,6 +285,25 @@ class Learner:
         if name is not None:
             check_free(self.folder / "snapshots", name)
         return self.held.snapshot(name)
+
+    def keep(
+        self,
+        *,
+        snapshot_tokens: int | None = None,
+        keep_snapshots: int | None = None,
+        journal_tokens: float | None = None,
+    ) -> LifeConfig:
+        """Change what is kept from now on (see `LifeConfig`; None: as it was). Texts that `journal_tokens` lets go of
+        do not come back. Raises ValueError for what is out of bounds."""
+        self.held.writing()
+        asked = {
+            "snapshot_tokens": snapshot_tokens,
+            "keep_snapshots": keep_snapshots,
+            "journal_tokens": journal_tokens,
+        }
+        if changes := {name: value for name, value in asked.items() if value is not None}:
+            self.held.keep(changes)
+        return self.config
 
     def release_snapshot(self, name: str) -> None:
         """Let go of a snapshot's name: it is kept no longer than one that never had any. Raises ValueError where there

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -213,23 +213,17 @@ def test_a_new_life_says_what_it_is_not(tmp_path: Path) -> None:
         Learner.open(tmp_path / "nowhere")
 
 
-def limited(folder: Path, size: int, say: Say) -> None:
-    """Learn while no file may grow beyond a size, as under a quota; say what went well and what did not."""
+def limit(size: int) -> None:
+    """No file of this process may grow beyond a size any more, as under a quota."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    life = Learner.open(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    for number in range(200):
-        try:
-            life.accept(text(100 + number, 900), f"more {number}")
-            say(f"accepted more {number}")
-            life.catch_up()
-        except OSError as error:
-            say(f"error {error}")
-            return
 
 
-def full(folder: Path, say: Say) -> None:
+def fill(folder: Path, say: Say, size: int | None = None) -> None:
+    """Learn until there is no room; say what went well and what did not. size: of a file, at most."""
     life = Learner.open(folder)
+    if size is not None:
+        limit(size)
     for number in range(2000):
         try:
             life.accept(text(100 + number, 900), f"more {number}")
@@ -250,9 +244,50 @@ def check_after(folder: Path, said: list[str]) -> None:
 
 
 def test_a_quota(folder: Path) -> None:
-    child = spawn(lambda say: limited(folder, 160_000, say))
+    child = spawn(lambda say: fill(folder, say, 160_000))
     child.wait_for("done")
     check_after(folder, child.kill())
+
+
+STEPS: dict[str, Callable[[Learner], object]] = {
+    "snapshot": lambda life: life.snapshot("name"),
+    "rollback": lambda life: life.rollback(4),
+    "forget": lambda life: life.forget("doc 4"),
+    "fork": lambda life: life.fork(life.folder.with_name("fork")).close(),
+    "conversation": lambda life: life.conversation("a").close(),
+    "keep": lambda life: life.keep(journal_tokens=100),
+}
+
+
+@pytest.mark.parametrize("size", [200, 30_000])
+def test_no_room_for_a_step(size: int, folder: Path, whole: Learner) -> None:
+    """It is refused and nothing of it has happened, or it is finished by whoever opens the life next."""
+    refused = list[str]()
+    for name, step in STEPS.items():
+        where = folder.with_name(name) / "life"
+        shutil.copytree(folder, where)
+
+        def work(say: Say, step: Callable[[Learner], object] = step, where: Path = where) -> None:
+            life = Learner.open(where)
+            limit(size)
+            try:
+                step(life)
+            except OSError as error:
+                say(f"refused {error}")
+
+        child = spawn(work)
+        child.wait_for("done")
+        refused += [name] * (child.kill() != ["done"])
+        with Learner.open(where) as life:
+            if name in ("rollback", "forget") and life.digest != whole.digest:
+                with whole.fork(folder.with_name(f"{name} whole")) as other:
+                    step(other)
+                    same(life, other)
+            else:
+                same(life, whole)
+        assert verify_life(where).problems == []
+        assert not where.with_name("fork").exists() or verify_life(where.with_name("fork")).problems == []
+    assert refused == list(STEPS) if size == 200 else {"snapshot", "forget"} <= set(refused)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root; test_a_quota runs everywhere")
@@ -264,7 +299,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
     try:
         shutil.copytree(folder, mount / "life")
-        child = spawn(lambda say: full(mount / "life", say))
+        child = spawn(lambda say: fill(mount / "life", say))
         child.wait_for("done")
         said = child.kill()
         shutil.copytree(mount / "life", tmp_path / "moved")

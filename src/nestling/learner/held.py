@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nestling.levels import Reader, ReadingState
 
@@ -187,10 +187,10 @@ class Held:
         self._damaged = found.damaged
         self._tokens_since = 0
 
-    def keep(self, changes: dict[str, float]) -> None:
+    def keep(self, changes: dict[str, Any]) -> None:
         """From now on keep what the configuration with these changes says. They stand in the journal: they are there
         or not, and a copy takes them along."""
-        config = replace(self.config, **changes)  # type: ignore[arg-type]  (raises for what is out of bounds)
+        config = replace(self.config, **changes)  # raises for what is out of bounds
         with self.journal.transaction():
             self.journal.set_fact("keeping", self.journal.facts().get("keeping", {}) | changes)
             self.journal.note("keep", self.journal.last(), **changes)

@@ -1,5 +1,6 @@
 """A life on disk: journal, replay, rollback, fork, exact forgetting. Every equality is of all bits."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_another_source_ends_what_was_open(tmp_path: Path) -> None:
 
 def test_one_writer_many_readers(life: Learner) -> None:
     life.learn(text(1), "doc")
-    with pytest.raises(Busy, match="open for writing already"):
+    with pytest.raises(Busy, match=rf"open for writing already \(process {os.getpid()}\)"):
         Learner.open(life.folder)
     life.snapshot()
     before = life.digest
@@ -252,6 +253,51 @@ def test_pruned_text_is_refused_by_name(tmp_path: Path) -> None:
         assert "doc 7" not in life.sources()
     with Learner.open(tmp_path / "life") as again:
         assert "doc 6" in again.sources()
+
+
+def test_pruned_text_is_gone_from_the_files(tmp_path: Path) -> None:
+    with Learner.create(tmp_path / "life", MODEL, config=replace(KEEP, journal_tokens=200)) as life:
+        for number in range(8):
+            life.learn(b"SECRET-8731" + text(number) if number < 2 else text(number), f"doc {number}")
+    for file in (tmp_path / "life").rglob("*"):
+        assert file.is_dir() or b"SECRET" not in file.read_bytes(), file
+
+
+def test_what_was_pruned_can_be_forgotten(tmp_path: Path) -> None:
+    """Nothing of it has to be read again."""
+    life = Learner.create(tmp_path / "life", MODEL, config=replace(KEEP, journal_tokens=200))
+    never = Learner.create(tmp_path / "never", MODEL, config=KEEP)
+    for number in range(8):
+        life.learn(text(number), f"doc {number}")
+    gone = {event.source for event in life.journal.all_events() if event.pruned}
+    assert 1 < len(gone) < 8
+    for number in range(8):
+        if f"doc {number}" not in gone:
+            never.learn(text(number), f"doc {number}")
+    life.forget(*gone)
+    same(life, never)
+    life.close()
+    never.close()
+
+
+def test_the_same_text_of_two_sources(life: Learner) -> None:
+    """It is kept once, and stays while one of them is not forgotten."""
+    life.learn(text(1, 40), "one")
+    life.learn(text(1, 40), "two")
+    (held,) = life.journal.ask("SELECT refs FROM blobs")
+    assert held == (2,)
+    life.forget("one")
+    assert life.journal.content(life.journal.event(life.at)) == text(1, 40)
+    assert life.verify(replay=True).problems == []
+
+
+def test_snapshots_of_a_left_path_do_not_count(life: Learner) -> None:
+    """Two generations are kept of the path that the life is on."""
+    for number in range(3):
+        life.learn(text(number, 30), "doc")
+        life.snapshot()
+    life.rollback(2)
+    assert [(s["number"], s["event"]) for s in life.status()["snapshots"]] == [(0, 0), (2, 2), (3, 2)]
 
 
 def test_what_is_kept_can_be_changed(life: Learner, tmp_path: Path) -> None:

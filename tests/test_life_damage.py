@@ -62,6 +62,16 @@ def test_a_damaged_snapshot_is_passed_over(name: str, harm, folder: Path, whole:
         same(life, whole)
 
 
+def test_a_snapshot_that_lost_its_checksums(folder: Path, whole: Learner) -> None:
+    """What it holds is still not what it says that it holds."""
+    newest = numbered(folder / "snapshots")[-1]
+    (newest / "checksums.json").unlink()
+    flip(newest / "levels.safetensors", 0.9)
+    assert any("not the state that was written" in problem for problem in verify_life(folder).problems)
+    with Learner.open(folder) as life:
+        same(life, whole)
+
+
 def test_all_snapshots_but_birth_damaged(folder: Path, whole: Learner) -> None:
     for snapshot in numbered(folder / "snapshots")[1:]:
         flip(snapshot / "levels.safetensors")
@@ -142,6 +152,12 @@ def test_what_stands_beside_the_chain_is_sealed(folder: Path) -> None:
         assert said in problem, change
         with Learner.open(folder, write=False) as life, pytest.raises(ValueError, match=said):
             life.sources() if "events" in change else life.history()
+
+
+def test_what_is_acknowledged_is_synchronised(whole: Learner) -> None:
+    """As far as SQLite can see to it: 2 is FULL, a sync of the log at every commit."""
+    assert whole.journal.ask("PRAGMA synchronous") == [(2,)]
+    assert whole.journal.ask("PRAGMA journal_mode") == [("wal",)]
 
 
 def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) -> None:

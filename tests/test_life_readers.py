@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lives import KEEP, MODEL, text
 from nestling.learner import Learner
@@ -64,6 +65,18 @@ def test_what_a_reader_saw_may_be_forgotten(life: Learner) -> None:
         for look in (reader.sources, reader.status):
             with pytest.raises(ValueError, match="there is no event"):
                 look()
+
+
+def test_a_conversation_stands_on_what_is_there(life: Learner) -> None:
+    """Not on what the reader saw under the same number before."""
+    with Learner.open(life.folder, write=False) as reader:
+        number, seen = reader.stands_on.number, reader.at
+        life.forget("two")
+        with reader.conversation("a") as talk:
+            assert (talk.snapshot, talk.event) == (number, life.at)
+            assert talk.event != seen
+            weights = life.state.reading.levels.weights
+            assert all(torch.equal(a, b) for a, b in zip(talk.voice.weights[0], weights[0], strict=True))
 
 
 def test_a_reader_explains_the_state_that_it_sees(life: Learner) -> None:

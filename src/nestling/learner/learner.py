@@ -221,7 +221,7 @@ class Learner:
 
     def _ground(self) -> Snapshot:
         """The snapshot to begin a conversation on, while none can be removed."""
-        if not self.stands_on.folder.is_dir():
+        if self.stands_on not in list_snapshots(self.folder / "snapshots"):  # its number may be another's by now
             self.held.go_to(None)
         return self.stands_on
 

@@ -395,6 +395,8 @@ def test_nothing_bad_is_journaled(life: Learner) -> None:
         life.learn("", "doc")
     with pytest.raises(ValueError, match="source is empty"):
         life.learn("text", "")
+    with pytest.raises(ValueError, match="source 'sleep' is what a life's own sleeps are called"):
+        life.learn("text", "sleep")
     with pytest.raises(ValueError, match="derived must be an event of this life"):
         life.learn("text", "doc", derived=99)
     with pytest.raises(ValueError, match=r"\[0, 256\), got 3 to 300"):

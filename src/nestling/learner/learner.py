@@ -143,6 +143,8 @@ class Learner:
     def accept(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Event]:
         """Journal a document without learning from it yet: when this returns it cannot be lost. `catch_up` learns."""
         self.held.writing()
+        if source == SOURCE:
+            raise ValueError(f"source {SOURCE!r} is what a life's own sleeps are called; choose another name")
         if derived is not None and self.journal.chain_of(derived) is None:
             raise ValueError(f"derived must be an event of this life, or {BIRTH} for its birth, got {derived}")
         return self.held.append(self._entries(given, source, ends=ends, derived=derived))

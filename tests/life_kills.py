@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's Adam loads it when it is first made: in every forked process anew, if not here
 
 from nestling.learner import Learner, LifeConfig
 from nestling.learner.verify import verify_life

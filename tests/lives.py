@@ -32,7 +32,7 @@ def text(seed: int, size: int = 90) -> bytes:
 def crash(life: Learner) -> None:
     """Let go of a life as a killed process does: nothing more is written."""
     life.journal._pending.clear()
-    life._let_go()
+    life.held.let_go()
 
 
 def same(one: Learner, two: Learner) -> None:

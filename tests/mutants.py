@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from life_mutants import LEARNER
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,34 +30,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("learner/fold.py", "if state.source not in (None, event.source):", "if False:", "tests/test_life.py"),
-    Mutant("learner/fold.py", "if event.ends:", "if True:", "tests/test_life.py"),
-    Mutant("learner/forgetting.py", "parent=kept(event.parent)", "parent=event.parent", "tests/test_life.py"),
-    Mutant("learner/forgetting.py", " or event.derived in tainted", "", "tests/test_life.py"),
-    Mutant("learner/forgetting.py", 'journal.ask("VACUUM")', "pass", "tests/test_life.py"),
-    Mutant("learner/guards.py", "if not finite:", "if False:", "tests/test_guards.py"),
-    Mutant("learner/guards.py", "if record.quarantined:", "if False:", "tests/test_guards.py"),
-    Mutant("learner/voice.py", "self.read(torch.tensor([token]))", "pass", "tests/test_conversations.py"),
-    Mutant("learner/files.py", ".hexdigest() != expected:", '.hexdigest() == "":', "tests/test_life_damage.py"),
-    Mutant("learner/recovery.py", "if seen is not None and seen[0] > steps:", "if False:", "tests/test_life_damage.py"),
-    Mutant(
-        "learner/snapshot.py",
-        "s.number not in newest | pinned and",
-        "s.number not in newest and",
-        "tests/test_conversations.py",
-    ),
-    Mutant("learner/talks.py", "self._at_hand[0] != sums", "False", "tests/test_conversations.py"),
-    Mutant("learner/verify.py", "(report.notes if differs else report.problems)", "report.notes", "tests/test_life.py"),
-    Mutant(
-        "learner/verify.py", "(report.notes if differs else report.problems)", "report.problems", "tests/test_life.py"
-    ),
-    Mutant("learner/voice.py", "reader.begin(levels)", "reader.begin()", "tests/test_life.py"),
-    Mutant(
-        "learner/why.py",
-        "moved_alone(fold, journal, tokens, birth, events)",
-        "moved_alone(fold, journal, tokens, birth, path)",
-        "tests/test_why.py",
-    ),
+    *(Mutant(f"learner/{file}", old, new, tests) for file, old, new, tests in LEARNER),
     Mutant(
         "memory/rule.py",
         "buffer = _plus(_wide(gates.momentum) * state.buffer, times, added, own=True)",
@@ -146,7 +121,6 @@ MUTANTS = (
     Mutant(
         "memory/adaptive.py", "1.0 - self.share * count.clamp(max=1.0)", "1.0 - self.share", "tests/test_optim_torch.py"
     ),
-    Mutant("learner/states.py", 'if about.get("fits") != fits:', 'if about.get("fits") == "":', "tests/test_states.py"),
     Mutant("levels/neurons.py", "self.fastest * 2**k", "self.fastest * (k + 1)", "tests/test_neurons.py"),
     Mutant("levels/neurons.py", "slice(start, end)))", "slice(0, end - start)))", "tests/test_neurons.py"),
     Mutant(
@@ -205,12 +179,6 @@ MUTANTS = (
         "tests/test_encoders.py",
     ),
     Mutant("train/outer.py", "clock.advance(self.tokens)", "clock.advance(1)", "tests/test_scripts.py"),
-    Mutant(
-        "learner/states.py",
-        'if about.get("fits") != fits:',
-        'if about.get("fits") == "":',
-        "tests/test_stacked_folder.py",
-    ),
     Mutant("levels/slots.py", "+ bank.gate[:, -1]) * bank.active", "+ bank.gate[:, -1])", "tests/test_slots.py"),
     Mutant("sleep/schedule.py", "in pairwise(ladder))[::-1]", "in pairwise(ladder))", "tests/test_sleep_parts.py"),
     Mutant(

@@ -15,6 +15,7 @@ OPTIONS = {
     life.status: "directory now json",
     life.history: "directory json",
     life.snapshot: "directory name remove json",
+    life.keep: "directory snapshot_tokens keep_snapshots journal_tokens json",
     life.rollback: "directory to json",
     life.fork: "directory copy at json",
     life.forget: "directory sources json",
@@ -90,6 +91,16 @@ def test_a_life_by_commands(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert not any(b"SECRET" in file.read_bytes() for file in where.rglob("*") if file.is_file())
 
 
+def test_keeping_less(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    where = folder / "life"
+    before = told(capfd, "keep", where)
+    assert (before["keep_snapshots"], before["journal_tokens"]) == (2, None)  # infinity is no JSON
+    assert main(["keep", str(where), "--journal-tokens", "200", "--keep-snapshots", "3"]) == 0
+    assert "keep snapshots 3, journal tokens 200" in capfd.readouterr().out
+    assert told(capfd, "keep", where)["keep_snapshots"] == 3
+    assert "keep" in [line["action"] for line in told(capfd, "history", where)]
+
+
 def test_tables(folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     where = str(folder / "life")
@@ -126,6 +137,7 @@ def test_from_a_trained_model(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         ("why life --prompt a --answer=", "at least one token"),
         ("chat life --prompt x --conversation ../x", "letters, digits"),
         ("fork life life", "is there already"),
+        ("keep life --keep-snapshots 1", "keep_snapshots must be >= 2, got 1"),
     ],
     ids=lambda words: words.split()[0],
 )

@@ -9,6 +9,7 @@ import torch
 from lives import KEEP, MODEL, text
 from nestling.learner import Busy, Learner
 from nestling.learner.conversation import conversations
+from nestling.learner.files import numbered
 from nestling.learner.intake import as_tokens
 from nestling.learner.voice import Voice, draws
 from nestling.memory.state import flatten
@@ -104,6 +105,48 @@ def test_draws_depend_on_nothing_but_their_key() -> None:
         assert not torch.equal(one, torch.rand(4, generator=other))
 
 
+def test_each_turn_draws_anew(life: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def heard(seed: int, key: str) -> torch.Generator:
+        keys.append(key)
+        return draws(seed, key)
+
+    monkeypatch.setattr("nestling.learner.conversation.draws", heard)
+    for name in "ab":
+        with life.conversation(name) as talk:
+            for _ in range(2):
+                talk.hear(tokens(life, b"hello"))
+                list(talk.answer(1))
+    assert keys == [f"conversation {name} turn {turn}" for name in "ab" for turn in (1, 3)]
+
+
+def test_an_answer_ends_with_what_it_is_to_stop_at(life: Learner) -> None:
+    with life.conversation("a") as talk:
+        talk.hear(tokens(life, b"hello"))
+        said = list(talk.answer(40))
+    with life.conversation("b") as talk:
+        talk.name = "a"  # the draws are keyed by the name
+        talk.hear(tokens(life, b"hello"))
+        assert list(talk.answer(40, stop=said[5])) == said[: said.index(said[5]) + 1]
+
+
+def test_a_damaged_turn_falls_back_to_the_one_before(life: Learner) -> None:
+    """A newer format, and one of which nothing is left, are refused in words."""
+    with life.conversation("a") as talk:
+        for said in (b"one", b"two"):
+            talk.hear(tokens(life, said))
+        before, newest = numbered(talk.folder)
+    (newest / "sequence.safetensors").write_bytes(b"torn")
+    with life.conversation("a") as talk:
+        assert [bytes(turn.tokens) for turn in talk.turns] == [b"one"]
+    about = before / "conversation.json"
+    about.write_text(about.read_text().replace('"format": 1', '"format": 99'))
+    (before / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"damaged.*format 99; this version reads 1"):
+        life.conversation("a")
+
+
 def test_one_at_a_time(life: Learner) -> None:
     with life.conversation("a"), pytest.raises(Busy, match="conversation a is open"):
         life.conversation("a")
@@ -131,6 +174,8 @@ def test_what_was_said_is_learned_only_when_asked(life: Learner) -> None:
         talk.hear(tokens(life, b"more"))
         life.learn_conversation(talk)
         assert life.sources()["conversation a"]["tokens"] == 16 + 4  # nothing twice
+    with life.conversation("a") as talk:
+        assert life.learn_conversation(talk).tokens == 0  # nor after it was closed
     with life.conversation("b") as talk:
         talk.hear(tokens(life, b"the user's words"))
         talk.hear(tokens(life, b"a document, only to be read"), "document")

@@ -1,5 +1,6 @@
 """A life on disk: journal, replay, rollback, fork, exact forgetting. Every equality is of all bits."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_another_source_ends_what_was_open(tmp_path: Path) -> None:
 
 def test_one_writer_many_readers(life: Learner) -> None:
     life.learn(text(1), "doc")
-    with pytest.raises(Busy, match="open for writing already"):
+    with pytest.raises(Busy, match=rf"open for writing already \(process {os.getpid()}\)"):
         Learner.open(life.folder)
     life.snapshot()
     before = life.digest
@@ -254,6 +255,81 @@ def test_pruned_text_is_refused_by_name(tmp_path: Path) -> None:
         assert "doc 6" in again.sources()
 
 
+def test_pruned_text_is_gone_from_the_files(tmp_path: Path) -> None:
+    with Learner.create(tmp_path / "life", MODEL, config=replace(KEEP, journal_tokens=200)) as life:
+        for number in range(8):
+            life.learn(b"SECRET-8731" + text(number) if number < 2 else text(number), f"doc {number}")
+    for file in (tmp_path / "life").rglob("*"):
+        assert file.is_dir() or b"SECRET" not in file.read_bytes(), file
+
+
+def test_what_was_pruned_can_be_forgotten(tmp_path: Path) -> None:
+    """Nothing of it has to be read again."""
+    life = Learner.create(tmp_path / "life", MODEL, config=replace(KEEP, journal_tokens=200))
+    never = Learner.create(tmp_path / "never", MODEL, config=KEEP)
+    for number in range(8):
+        life.learn(text(number), f"doc {number}")
+    gone = {event.source for event in life.journal.all_events() if event.pruned}
+    assert 1 < len(gone) < 8
+    for number in range(8):
+        if f"doc {number}" not in gone:
+            never.learn(text(number), f"doc {number}")
+    life.forget(*gone)
+    same(life, never)
+    life.close()
+    never.close()
+
+
+def test_the_same_text_of_two_sources(life: Learner) -> None:
+    """It is kept once, and stays while one of them is not forgotten."""
+    life.learn(text(1, 40), "one")
+    life.learn(text(1, 40), "two")
+    (held,) = life.journal.ask("SELECT refs FROM blobs")
+    assert held == (2,)
+    life.forget("one")
+    assert life.journal.content(life.journal.event(life.at)) == text(1, 40)
+    assert life.verify(replay=True).problems == []
+
+
+def test_snapshots_of_a_left_path_do_not_count(life: Learner) -> None:
+    """Two generations are kept of the path that the life is on."""
+    for number in range(3):
+        life.learn(text(number, 30), "doc")
+        life.snapshot()
+    life.rollback(2)
+    assert [(s["number"], s["event"]) for s in life.status()["snapshots"]] == [(0, 0), (2, 2), (3, 2)]
+
+
+def test_what_is_kept_can_be_changed(life: Learner, tmp_path: Path) -> None:
+    """From then on, by whoever opens it, and in copies; what is older is let go of at once."""
+    for number in range(8):
+        life.learn(text(number), f"doc {number}")
+    assert not any(event.pruned for event in life.journal.all_events())
+    with pytest.raises(ValueError, match="keep_snapshots must be >= 2, got 1"):
+        life.keep(journal_tokens=200, keep_snapshots=1)
+    assert not any(event.pruned for event in life.journal.all_events())
+    digest = life.digest
+    life.keep(journal_tokens=200)
+    assert life.keep(keep_snapshots=4) == replace(KEEP, journal_tokens=200, keep_snapshots=4)
+    kept = [event.id for event in life.journal.all_events() if not event.pruned]
+    assert 1 not in kept
+    assert life.at in kept
+    assert sum(life.journal.event(event).tokens for event in kept) < 400
+    assert [line["action"] for line in life.history()][-3:] == ["keep", "prune", "keep"]
+    with life.fork(tmp_path / "fork") as fork:
+        assert (fork.config, fork.digest) == (life.config, digest)
+        for number in range(6):
+            fork.learn(text(number), "more")
+            fork.snapshot()
+        assert len(fork.status()["snapshots"]) == 5
+    life.close()
+    with Learner.open(life.folder, write=False) as reader:
+        assert reader.config == life.config
+        with pytest.raises(ValueError, match="opened for reading"):
+            reader.keep(journal_tokens=100)
+    assert verify_life(life.folder, replay=True).problems == []
+
+
 def test_snapshots_are_few(life: Learner) -> None:
     for number in range(12):
         life.learn(text(number), "doc")
@@ -319,6 +395,10 @@ def test_nothing_bad_is_journaled(life: Learner) -> None:
         life.learn("", "doc")
     with pytest.raises(ValueError, match="source is empty"):
         life.learn("text", "")
+    with pytest.raises(ValueError, match="source 'sleep' is what a life's own sleeps are called"):
+        life.learn("text", "sleep")
+    with pytest.raises(ValueError, match="derived must be an event of this life"):
+        life.learn("text", "doc", derived=99)
     with pytest.raises(ValueError, match=r"\[0, 256\), got 3 to 300"):
         life.learn(torch.tensor([3, 300]), "doc")
     for tokens in (torch.zeros(3), torch.tensor([True]), torch.zeros(1, 3).long()):

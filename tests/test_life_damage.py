@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +62,16 @@ def test_a_damaged_snapshot_is_passed_over(name: str, harm, folder: Path, whole:
         same(life, whole)
 
 
+def test_a_snapshot_that_lost_its_checksums(folder: Path, whole: Learner) -> None:
+    """What it holds is still not what it says that it holds."""
+    newest = numbered(folder / "snapshots")[-1]
+    (newest / "checksums.json").unlink()
+    flip(newest / "levels.safetensors", 0.9)
+    assert any("not the state that was written" in problem for problem in verify_life(folder).problems)
+    with Learner.open(folder) as life:
+        same(life, whole)
+
+
 def test_all_snapshots_but_birth_damaged(folder: Path, whole: Learner) -> None:
     for snapshot in numbered(folder / "snapshots")[1:]:
         flip(snapshot / "levels.safetensors")
@@ -99,12 +109,55 @@ def test_flipped_journal_pages(folder: Path, whole: Learner, tmp_path: Path) -> 
                 same(life, whole)
                 for event in life.journal.path_events(life.at):
                     life.journal.content(event)
+                assert (life.sources(), life.history()) == (whole.sources(), whole.history())
             silent += 1
         except (ValueError, OSError):
             said += 1
         shutil.rmtree(where)
     assert said >= 1
     assert silent >= 1  # free bytes of pages
+
+
+CHANGES = {
+    "UPDATE events SET statistics = replace(statistics, '64', '65') WHERE id = 3": "event 3 did",
+    "UPDATE events SET statistics = '{}', done = 0 WHERE id = 3": "event 3 did",
+    "UPDATE events SET done = done + 1 WHERE id = 3": "event 3 did",
+    "UPDATE events SET seal = '' WHERE id = 3": "event 3 did",
+    "UPDATE history SET detail = replace(detail, 'kept', 'left') WHERE id = 2": "line 2 of its history",
+    "UPDATE history SET after = 0 WHERE id = 3": "line 3 of its history",
+    "UPDATE history SET action = 'fork' WHERE id = 2": "line 2 of its history",
+    "DELETE FROM history WHERE id = 1": "line 1 of its history",
+    "DELETE FROM history WHERE id = 3": "its history has lost lines",
+    "UPDATE facts SET value = '1' WHERE name = 'void'": "its facts are not those",
+    "DELETE FROM facts WHERE name = 'about'": "its facts are not those",
+}
+
+
+def test_what_stands_beside_the_chain_is_sealed(folder: Path) -> None:
+    """Whoever asks for what was changed is told, and so is verify."""
+    with Learner.open(folder) as life:
+        life.snapshot("kept")
+        life.rollback("kept")
+    file = folder / "journal.sqlite"
+    whole = file.read_bytes()
+    for change, said in CHANGES.items():
+        file.write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as db:
+            assert db.execute(change).rowcount == 1
+        if "facts" in change:
+            with pytest.raises(ValueError, match=f"journal.sqlite: damaged: {said}"):
+                Learner.open(folder)
+            continue
+        (problem,) = verify_life(folder).problems
+        assert said in problem, change
+        with Learner.open(folder, write=False) as life, pytest.raises(ValueError, match=said):
+            life.sources() if "events" in change else life.history()
+
+
+def test_what_is_acknowledged_is_synchronised(whole: Learner) -> None:
+    """As far as SQLite can see to it: 2 is FULL, a sync of the log at every commit."""
+    assert whole.journal.ask("PRAGMA synchronous") == [(2,)]
+    assert whole.journal.ask("PRAGMA journal_mode") == [("wal",)]
 
 
 def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) -> None:
@@ -122,6 +175,24 @@ def test_a_journal_that_lost_its_end_is_noticed(folder: Path, tmp_path: Path) ->
         assert set(rest.sources()) == {f"doc {number}" for number in range(6)}
     with Learner.open(folder) as whole_again:
         assert "last" in whole_again.sources()
+
+
+def test_an_interruption_parts_no_state_from_its_event(folder: Path, whole: Learner, monkeypatch) -> None:
+    """Stopped right after an event was learned, before anything says so: closing writes nothing that is not so."""
+    life = Learner.open(folder)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for each in (life, whole):
+        each.learn(text(7, 20), "before")
+    monkeypatch.setattr(life.journal, "record", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        life.learn(text(8, 20), "last")
+    life.close()
+    whole.learn(text(8, 20), "last")
+    with Learner.open(folder) as again:
+        same(again, whole)
 
 
 @pytest.mark.parametrize("step", ["rollback", "forget"])
@@ -158,23 +229,17 @@ def test_a_new_life_says_what_it_is_not(tmp_path: Path) -> None:
         Learner.open(tmp_path / "nowhere")
 
 
-def limited(folder: Path, size: int, say: Say) -> None:
-    """Learn while no file may grow beyond a size, as under a quota; say what went well and what did not."""
+def limit(size: int) -> None:
+    """No file of this process may grow beyond a size any more, as under a quota."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    life = Learner.open(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    for number in range(200):
-        try:
-            life.accept(text(100 + number, 900), f"more {number}")
-            say(f"accepted more {number}")
-            life.catch_up()
-        except OSError as error:
-            say(f"error {error}")
-            return
 
 
-def full(folder: Path, say: Say) -> None:
+def fill(folder: Path, say: Say, size: int | None = None) -> None:
+    """Learn until there is no room; say what went well and what did not. size: of a file, at most."""
     life = Learner.open(folder)
+    if size is not None:
+        limit(size)
     for number in range(2000):
         try:
             life.accept(text(100 + number, 900), f"more {number}")
@@ -195,9 +260,50 @@ def check_after(folder: Path, said: list[str]) -> None:
 
 
 def test_a_quota(folder: Path) -> None:
-    child = spawn(lambda say: limited(folder, 160_000, say))
+    child = spawn(lambda say: fill(folder, say, 160_000))
     child.wait_for("done")
     check_after(folder, child.kill())
+
+
+STEPS: dict[str, Callable[[Learner], object]] = {
+    "snapshot": lambda life: life.snapshot("name"),
+    "rollback": lambda life: life.rollback(4),
+    "forget": lambda life: life.forget("doc 4"),
+    "fork": lambda life: life.fork(life.folder.with_name("fork")).close(),
+    "conversation": lambda life: life.conversation("a").close(),
+    "keep": lambda life: life.keep(journal_tokens=100),
+}
+
+
+@pytest.mark.parametrize("size", [200, 30_000])
+def test_no_room_for_a_step(size: int, folder: Path, whole: Learner) -> None:
+    """It is refused and nothing of it has happened, or it is finished by whoever opens the life next."""
+    refused = list[str]()
+    for name, step in STEPS.items():
+        where = folder.with_name(name) / "life"
+        shutil.copytree(folder, where)
+
+        def work(say: Say, step: Callable[[Learner], object] = step, where: Path = where) -> None:
+            life = Learner.open(where)
+            limit(size)
+            try:
+                step(life)
+            except OSError as error:
+                say(f"refused {error}")
+
+        child = spawn(work)
+        child.wait_for("done")
+        refused += [name] * (child.kill() != ["done"])
+        with Learner.open(where) as life:
+            if name in ("rollback", "forget") and life.digest != whole.digest:
+                with whole.fork(folder.with_name(f"{name} whole")) as other:
+                    step(other)
+                    same(life, other)
+            else:
+                same(life, whole)
+        assert verify_life(where).problems == []
+        assert not where.with_name("fork").exists() or verify_life(where.with_name("fork")).problems == []
+    assert refused == list(STEPS) if size == 200 else {"snapshot", "forget"} <= set(refused)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root; test_a_quota runs everywhere")
@@ -209,7 +315,7 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
     try:
         shutil.copytree(folder, mount / "life")
-        child = spawn(lambda say: full(mount / "life", say))
+        child = spawn(lambda say: fill(mount / "life", say))
         child.wait_for("done")
         said = child.kill()
         shutil.copytree(mount / "life", tmp_path / "moved")
@@ -218,10 +324,19 @@ def test_a_full_disk(folder: Path, tmp_path: Path) -> None:
     check_after(tmp_path / "moved", said)
 
 
-def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
-    """Nothing can be written: a writer is told so, readers see the newest snapshot."""
+def test_a_read_only_folder(folder: Path, whole: Learner, tmp_path: Path) -> None:
+    """Nothing can be written: a writer is told so, readers see the newest snapshot, and a copy is a life like any."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    logged = tmp_path / "logged"
+    with Learner.open(folder) as life:
+        life.accept(text(7), "waiting")
+        shutil.copytree(folder, logged)  # as if it had been killed: what was accepted is in the log alone
+        life.forget("waiting")
 
     def work(say: Say) -> None:
+        for path in (logged, *logged.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
         if os.geteuid() == 0:
@@ -235,13 +350,23 @@ def test_a_read_only_folder(folder: Path, whole: Learner) -> None:
         except OSError as error:
             say(f"refused {error}")
         with Learner.open(folder, write=False) as life:
-            say(f"read {life.digest} {len(life.sources())}")
+            say(f"read {life.digest} {len(life.sources())} {verify_life(folder).problems}")
+            with life.fork(tmp_path / "open" / "fork") as fork:
+                for number in range(4):
+                    fork.learn(text(number, 9), "more")
+                    fork.snapshot()
+        with Learner.open(logged, write=False) as life:
+            say(f"waiting {life.status()['waiting']} {life.notes}")
 
     child = spawn(work)
     child.wait_for("done")
-    refused, read, _ = child.kill()
+    refused, read, waiting, _ = child.kill()
     assert "ermission denied" in refused
-    assert read == f"read {whole.digest} 6"
+    assert read == f"read {whole.digest} 6 []"
+    assert waiting == "waiting 2 []"
+    found = verify_life(tmp_path / "open" / "fork")
+    assert (found.problems, found.notes) == ([], [])
+    assert len(numbered(tmp_path / "open" / "fork" / "snapshots")) == 3
 
 
 def test_facts_that_were_changed(folder: Path) -> None:
@@ -264,13 +389,10 @@ def test_facts_that_were_changed(folder: Path) -> None:
 
 def test_a_newer_journal_is_refused(folder: Path) -> None:
     with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
-        db.execute("PRAGMA user_version=2")
-    with pytest.raises(ValueError, match=r"journal\.sqlite: format 2; this version reads up to 1"):
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        db.execute("PRAGMA user_version=3")
+    with pytest.raises(ValueError, match=r"journal\.sqlite: format 3; this version reads up to 2"):
         Learner.open(folder)
-    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite")) as db:
-        db.execute("PRAGMA user_version=0")  # as the first lives have it
-    Learner.open(folder).close()
 
 
 def full_disk(*_: object) -> None:

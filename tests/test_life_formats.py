@@ -1,7 +1,9 @@
 """Lives of every release open; formats move up by tested steps; newer ones are refused."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,35 @@ def test_going_back_in_it(release: str, tmp_path: Path) -> None:
     with Learner.open(tmp_path / "life") as life:
         life.rollback("named")
         assert life.digest == facts["named"]
+
+
+def test_a_journal_without_seals_is_sealed_when_it_is_written_to(tmp_path: Path) -> None:
+    """0.1.0 was begun before them. Its readers need none; from the first writer on damage is seen."""
+    folder = tmp_path / "life"
+    shutil.copytree(FOLDER / "0.1.0" / "life", folder)
+
+    def ask(query: str) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(folder / "journal.sqlite", isolation_level=None)) as db:
+            return db.execute(query).fetchall()
+
+    with Learner.open(folder, write=False) as reader:
+        history, sources = reader.history(), reader.sources()
+    assert ask("PRAGMA user_version") == [(0,)]
+    Learner.open(folder).close()
+    assert ask("PRAGMA user_version") == [(2,)]
+    with Learner.open(folder) as life:
+        assert (life.history(), life.sources()) == (history, sources)
+        life.snapshot("later")
+        assert life.history()[-1]["name"] == "later"
+    replayed = verify_life(folder, replay=True)
+    assert replayed.problems == []
+    assert any("nestling: not known then" in note for note in replayed.notes)  # so nothing is claimed
+    for harm, said in (
+        ("UPDATE history SET action = 'death' WHERE id = 1", "line 1 of its history"),
+        ("UPDATE events SET done = 0 WHERE id = 1", "event 1 did"),
+    ):
+        ask(harm)
+        assert said in verify_life(folder).problems[-1]
 
 
 def test_migrations_run_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nestling import Decoder, ModelConfig, attention, load_state, mlp, save_state, self_modifying, sequence_memory
 from nestling.learner import fingerprint
@@ -83,6 +84,10 @@ def test_what_does_not_fit_is_said(tmp_path):
     save_state(file, state, layer)
     with pytest.raises(ValueError, match=r"state: state of a model \(\w+\), but this model is \w+"):
         load_state(file, other)
+    save_file({"a": torch.zeros(1)}, file, metadata={"format": "9", "fits": fingerprint(layer)})
+    with pytest.raises(ValueError, match="state: format '9'; this version reads '1'"):
+        load_state(file, layer)
+    save_state(file, state, layer)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a file of state, or damaged"):
         load_state(file, layer)

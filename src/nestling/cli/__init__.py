@@ -1,7 +1,7 @@
 """The command line of nestling.
 
 Models: train, stack, learn, generate, info, check, zoo, demo. Lives: new, learn, chat, generate, status, history,
-snapshot, rollback, fork, forget, release, sleep, why, verify.
+snapshot, keep, rollback, fork, forget, release, sleep, why, verify.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Commands on a life: new, status, history, snapshot, rollback, fork, forget, release, why, verify."""
+"""Commands on a life: new, status, history, sleep, snapshot, keep, rollback, fork, forget, release, why, verify."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +220,32 @@ def snapshot(
         found = life.snapshot(name)
     told = {"name": name, "number": found.number, "event": found.event, "digest": found.digest}
     _say(told, json, f"snapshot {name!r} after event {found.event}")
+
+
+@app.command(name="keep")
+def keep(
+    directory: LifeFolder,
+    *,
+    snapshot_tokens: int | None = None,
+    keep_snapshots: int | None = None,
+    journal_tokens: float | None = None,
+    json: bool = False,
+) -> None:
+    """Change what a life keeps from now on; given nothing, say what it keeps.
+
+    Args:
+        directory: a life.
+        snapshot_tokens: learned between two snapshots.
+        keep_snapshots: how many of the newest, beside birth, named ones and those that conversations stand on.
+        journal_tokens: text older than so many tokens is let go of, for good; inf: none.
+        json: print it as JSON.
+    """
+    asked = {"snapshot_tokens": snapshot_tokens, "keep_snapshots": keep_snapshots, "journal_tokens": journal_tokens}
+    changes: Any = {name: value for name, value in asked.items() if value is not None}
+    with opened(directory, write=bool(changes)) as life:
+        config = life.keep(**changes) if changes else life.config
+        told = {name: getattr(config, name) for name in asked} | {"bytes": life.status()["bytes"]}
+    _say(told, json, ", ".join(f"{name.replace('_', ' ')} {told[name]:,}" for name in asked))
 
 
 @app.command(name="rollback")

@@ -62,21 +62,30 @@ def begin_life(folder: Path, model: LevelledModel, config: LifeConfig, birth: Re
 def copy_life(life: Path, journal: Journal, folder: Path, event: int) -> None:
     """A copy of a life as it stood after an event. Conversations stay behind."""
     with new_folder(folder) as new:
-        shutil.copytree(life / "model", new / "model")
-        shutil.copy2(life / "life.json", new / "life.json")
+        _copy_folder(life / "model", new / "model")
+        shutil.copyfile(life / "life.json", new / "life.json")
         journal.copy(new)
         for snapshot in list_snapshots(life / "snapshots"):
             copied = new / "snapshots" / snapshot.folder.name
             try:
-                shutil.copytree(snapshot.folder, copied)
-            except (FileNotFoundError, shutil.Error):
+                _copy_folder(snapshot.folder, copied)
+            except FileNotFoundError:
                 if snapshot.folder.exists():
                     raise
                 shutil.rmtree(copied, ignore_errors=True)  # the life's writer let go of it meanwhile
         other = Journal(new)
         try:
+            if other.chain_of(event) is None:
+                raise ValueError(f"{life}: event {event} was forgotten while the life was being copied; fork it again")
             with other.transaction(acknowledged=True):
                 other.set_fact("head", [event, other.chain_of(event)])
                 other.note("forked", other.last(), event=event)
         finally:
             other.close()
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy files, without their modes: the copy of a life that may only be read is to be written."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)

@@ -35,19 +35,20 @@ class Event(NamedTuple):
     def link(self, chain: str) -> str:
         """The chain hash of a path that ends with this event, from that of the path before it."""
         words = (self.kind, self.key, self.source, self.blob, self.encoding)
-        return _digest(chain, *words, f"{self.tokens} {int(self.ends)} {self.derived}")[:32]
+        return hash_of(chain, *words, f"{self.tokens} {int(self.ends)} {self.derived}")
 
 
 def event_key(source: str, ordinal: int, kind: str, blob: str, ends: bool) -> str:
     """The key of the `ordinal`-th event of a source: no event of another source changes it."""
-    return _digest(source, str(ordinal), kind, blob, str(int(ends)))[:32]
+    return hash_of(source, str(ordinal), kind, blob, str(int(ends)))
 
 
 def birth_chain(model: str, seed: int) -> str:
     """The chain hash at birth: what the life began with."""
-    return _digest("birth", model, str(seed))[:32]
+    return hash_of("birth", model, str(seed))
 
 
-def _digest(*words: str) -> str:
+def hash_of(*words: str) -> str:
+    """A hash of words, each with its length, so that no two lists of words run into the same text."""
     joined = b"".join(len(word.encode()).to_bytes(8, "big") + word.encode() for word in words)
-    return hashlib.sha256(joined).hexdigest()
+    return hashlib.sha256(joined).hexdigest()[:32]

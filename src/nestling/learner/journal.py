@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .event import BIRTH, Event, event_key
+from .seals import check_done, check_facts, check_history, done_seal, line_seal, seal_all, write_fact
 from .witness import Witness
 
 SCHEMA = """
@@ -23,16 +24,18 @@ CREATE TABLE events (
   id INTEGER PRIMARY KEY AUTOINCREMENT, parent INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL,
   chain TEXT NOT NULL, source TEXT NOT NULL, blob TEXT NOT NULL, encoding TEXT NOT NULL, tokens INTEGER NOT NULL,
   ends INTEGER NOT NULL, derived INTEGER, done INTEGER NOT NULL DEFAULT 0,
-  pruned INTEGER NOT NULL DEFAULT 0, statistics TEXT NOT NULL DEFAULT '{}');
+  pruned INTEGER NOT NULL DEFAULT 0, statistics TEXT NOT NULL DEFAULT '{}',
+  seal TEXT NOT NULL DEFAULT '');
 CREATE INDEX events_source ON events (source);
 CREATE TABLE blobs (hash TEXT PRIMARY KEY, content BLOB NOT NULL, refs INTEGER NOT NULL);
 CREATE TABLE history (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, after INTEGER NOT NULL, action TEXT NOT NULL, detail TEXT NOT NULL);
+  id INTEGER PRIMARY KEY AUTOINCREMENT, after INTEGER NOT NULL, action TEXT NOT NULL, detail TEXT NOT NULL,
+  seal TEXT NOT NULL DEFAULT '');
 """
-FORMAT = 1  # PRAGMA user_version; journals before it was set say 0, and are the same
+FORMAT = 2  # PRAGMA user_version; 1, and 0 before it was set, are journals without seals
 COLUMNS = "id, parent, kind, key, chain, source, blob, encoding, tokens, ends, derived, done, pruned"
 PATH = """WITH RECURSIVE path(id) AS (
-  SELECT ? WHERE ? <> ? UNION ALL
+  SELECT id FROM events WHERE id = ? AND id <> ? UNION ALL
   SELECT e.parent FROM events e JOIN path p ON e.id = p.id WHERE e.parent <> ? AND e.parent <> 0)"""
 
 
@@ -64,6 +67,11 @@ class Journal:
         if found > FORMAT:
             self.db.close()
             raise ValueError(f"{self.path}: format {found}; this version reads up to {FORMAT}: use a newer one")
+        self.sealed = found == FORMAT
+        if write and not self.sealed:
+            with self._transaction():
+                seal_all(self.db)
+            self.sealed = True
 
     @classmethod
     def create(cls, folder: Path, chain: str) -> "Journal":
@@ -74,8 +82,9 @@ class Journal:
             db.execute("PRAGMA journal_mode=WAL")
             db.executescript(SCHEMA)
             db.execute(f"PRAGMA user_version={FORMAT}")
-            facts = {"head": [BIRTH, chain], "birth": chain, "steps": 0, "scrub": 0, "void": 0}
-            db.executemany("INSERT INTO facts VALUES (?, ?)", [(k, json.dumps(v)) for k, v in facts.items()])
+            facts = {"head": [BIRTH, chain], "birth": chain, "steps": 0, "scrub": 0, "void": 0, "history": ""}
+            for name, value in facts.items():
+                write_fact(db, name, value)
             db.close()
         Witness(folder / "witness").write(0, chain)
         return cls(folder)
@@ -96,21 +105,14 @@ class Journal:
         """All of it or nothing, on the disk at the end; what events have done is written along. acknowledged: the
         step may never be lost: it is counted, and the witness is told. written: called once it is on the disk, even
         where the witness cannot be told."""
-        with _clear(self.path):
-            self.db.execute("BEGIN IMMEDIATE")
-            try:
-                self.db.executemany(
-                    "UPDATE events SET done = ?, statistics = ? WHERE id = ?",
-                    [(done, text, event) for event, text, done in self._pending],
-                )
-                yield self.db
-                if acknowledged:
-                    self.set_fact("steps", self.facts()["steps"] + 1)
-                self.db.execute("COMMIT")
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
+        with self._transaction():
+            self.db.executemany(
+                "UPDATE events SET done = ?, statistics = ?, seal = ? WHERE id = ?",
+                [(done, text, done_seal(event, done, text), event) for event, text, done in self._pending],
+            )
+            yield self.db
+            if acknowledged:
+                self.set_fact("steps", self.facts()["steps"] + 1)
         self._pending.clear()
         written()
         if acknowledged:
@@ -120,23 +122,62 @@ class Journal:
             except OSError as error:
                 raise OSError(f"{self.witness.path}: {error}; the step itself is in the journal") from error
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _clear(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """What is asked inside is answered from one moment, whatever another process does meanwhile."""
+        if self.db.in_transaction:
+            yield
+            return
+        with _clear(self.path):
+            self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            with _clear(self.path):
+                self.db.execute("COMMIT")
+
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _clear(self.path):
             return self.db.execute(query, values).fetchall()
 
     def facts(self) -> dict[str, Any]:
-        return {name: json.loads(value) for name, value in self.ask("SELECT name, value FROM facts")}
+        """Raises ValueError where they are not those that were written."""
+        rows = dict(self.ask("SELECT name, value FROM facts"))
+        with self._named():
+            check_facts(rows)
+        return {name: json.loads(value) for name, value in rows.items()}
 
     def set_fact(self, name: str, value: Any) -> None:
         """Within a transaction."""
-        self.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+        write_fact(self.db, name, value)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What is wrong inside names this file."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
     @property
     def head(self) -> tuple[int, str]:
         """The event that the life has come to, and its chain hash. Raises ValueError where the two do not agree."""
-        event, chain = self.facts()["head"]
-        if self.chain_of(event) != chain:
-            raise ValueError(f"{self.path}: damaged: its head is not an event of its tree")
+        with self.still():
+            event, chain = self.facts()["head"]
+            if self.chain_of(event) != chain:
+                raise ValueError(f"{self.path}: damaged: its head is not an event of its tree")
         return event, chain
 
     def last(self) -> int:
@@ -159,19 +200,23 @@ class Journal:
 
     def path_ids(self, event: int, after: int = BIRTH) -> list[int]:
         """The ids from `after` (not included) to `event`, oldest first. Raises ValueError where `after` is not on
-        the path."""
-        ids = [int(row[0]) for row in self.ask(f"{PATH} SELECT id FROM path", event, event, after, after)][::-1]
-        if (ids or event != after) and after != BIRTH and (not ids or self.event(ids[0]).parent != after):
-            raise ValueError(f"{self.path}: event {after} is not on the way to event {event}")
+        the path, and where there is no such event: it may have been forgotten."""
+        with self.still():
+            ids = [int(row[0]) for row in self.ask(f"{PATH} SELECT id FROM path", event, after, after)][::-1]
+            for each in {event, after} - {BIRTH}:
+                self.event(each)  # says where there is none
+            if event != after and (not ids or self.event(ids[0]).parent != after):
+                raise ValueError(f"{self.path}: event {after} is not on the way to event {event}")
         return ids
 
     def path_events(self, event: int, after: int = BIRTH) -> list[Event]:
         """The events of `path_ids`."""
-        chosen = self.path_ids(event, after)
         rows: list[tuple[Any, ...]] = []
-        for start in range(0, len(chosen), 500):
-            some = chosen[start : start + 500]
-            rows += self.ask(f"SELECT {COLUMNS} FROM events WHERE id IN ({','.join('?' * len(some))})", *some)
+        with self.still():
+            chosen = self.path_ids(event, after)
+            for start in range(0, len(chosen), 500):
+                some = chosen[start : start + 500]
+                rows += self.ask(f"SELECT {COLUMNS} FROM events WHERE id IN ({','.join('?' * len(some))})", *some)
         found = {row[0]: _event(row) for row in rows}
         return [found[i] for i in chosen]
 
@@ -187,7 +232,7 @@ class Journal:
         """How many events each source has on the way to the head."""
         event = self.head[0]
         query = f"{PATH} SELECT source, COUNT(*) FROM events WHERE id IN path GROUP BY source"
-        return Counter(dict(self.ask(query, event, event, BIRTH, BIRTH)))
+        return Counter(dict(self.ask(query, event, BIRTH, BIRTH)))
 
     def append(self, entries: Sequence[Entry], ordinals: Counter[str]) -> list[Event]:
         """Journal entries after the head, all in one transaction; `ordinals` are counted on. When this returns,
@@ -227,10 +272,20 @@ class Journal:
         self._pending.append((event, json.dumps(statistics), done))
 
     def path_statistics(self, event: int) -> list[tuple[Event, dict[str, Any]]]:
-        """The events on the way to an event, with what each has done."""
-        texts = dict(self.ask("SELECT id, statistics FROM events"))
+        """The events on the way to an event, with what each has done. Raises ValueError where that is not what was
+        written."""
+        with self.still():
+            way = self.path_events(event)
+            rows = {row[0]: row for row in self._done_rows()}
+        with self._named():
+            check_done([rows[found.id] for found in way if self.sealed])
+        texts = {number: text for number, _, text, _ in rows.values()}
         texts.update({number: text for number, text, _ in self._pending})
-        return [(found, json.loads(texts[found.id])) for found in self.path_events(event)]
+        return [(found, json.loads(texts[found.id])) for found in way]
+
+    def _done_rows(self) -> list[tuple[int, int, str, str]]:
+        seal = "seal" if self.sealed else "''"
+        return [row[:4] for row in self.ask(f"SELECT id, done, statistics, {seal} FROM events ORDER BY id")]
 
     def content(self, event: Event) -> bytes:
         """What an event read. Raises ValueError where it was pruned or is damaged."""
@@ -253,14 +308,28 @@ class Journal:
 
     def note(self, action: str, after: int, **detail: Any) -> None:
         """Within a transaction: a line of the life's history."""
-        self.db.execute(
-            "INSERT INTO history (after, action, detail) VALUES (?, ?, ?)", (after, action, json.dumps(detail))
-        )
+        text = json.dumps(detail)
+        seal = line_seal(self.facts()["history"], after, action, text)
+        line = (after, action, text, seal)
+        self.db.execute("INSERT INTO history (after, action, detail, seal) VALUES (?, ?, ?, ?)", line)
+        self.set_fact("history", seal)
 
     def notes(self) -> list[tuple[int, int, str, dict[str, Any]]]:
-        """(id, newest event then, action, detail), oldest first."""
-        rows = self.ask("SELECT id, after, action, detail FROM history ORDER BY id")
-        return [(number, after, action, json.loads(detail)) for number, after, action, detail in rows]
+        """(id, newest event then, action, detail), oldest first. Raises ValueError where they are not what was
+        written."""
+        with self.still():
+            rows = self.ask(f"SELECT id, after, action, detail{', seal' * self.sealed} FROM history ORDER BY id")
+            last = self.facts().get("history", "")
+        if self.sealed:
+            with self._named():
+                check_history([row[1:] for row in rows], last)
+        return [(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
+
+    def check_done(self) -> None:
+        """Raises ValueError for the first event, on the path or off it, whose statistics are not what was written."""
+        if self.sealed:
+            with self._named():
+                check_done(self._done_rows())
 
     def copy(self, target: Path) -> None:
         """A consistent copy of the journal in another folder, beside a writer too."""
@@ -275,8 +344,10 @@ def _connect(path: Path, write: bool) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA secure_delete=ON")
         return db
-    # Where nothing can be written beside it, no writer can be at work either.
-    still = "" if os.access(path.parent, os.W_OK) else "&immutable=1"
+    # Where nothing can be written beside it, no writer can be at work either; but a log that one left is to be read.
+    log = path.with_name(f"{path.name}-wal")
+    logged = log.exists() and log.stat().st_size > 0
+    still = "" if logged or os.access(path.parent, os.W_OK) else "&immutable=1"
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{still}", uri=True, isolation_level=None, timeout=30.0)
 
 

@@ -12,34 +12,30 @@ What is acknowledged is in the journal before it is learned from. The state is a
 newest good snapshot and the events after it give it back.
 """
 
-import contextlib
 import hashlib
-import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nestling.levels import LevelledModel, Reader, ReadingState
+from nestling.levels import LevelledModel, ReadingState
 from nestling.memory import known
 from nestling.sleep import SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
-from .about import LifeConfig, about_seal, broken_seal, check_format, read_about
+from .about import LifeConfig
 from .conversation import Conversation, check_name, remove_conversation, spoken
 from .copying import begin_life, copy_life
 from .event import BIRTH, Event
-from .fold import Done, Fold, LifeState, Tell, digest
+from .fold import Done, LifeState, Tell, digest
 from .forgetting import Plan, plan_forgetting, scrub, take_out
+from .held import Held
 from .intake import Given, as_tokens, entries_of, pieces_of, read_back
 from .journal import Entry, Journal
-from .kinds import read_model
-from .lock import take
-from .recovery import check_witness, clean, newest_state, way_back
+from .recovery import way_back
 from .sleeping import SOURCE, default_night, fall_asleep, growing, night_key, score
-from .snapshot import Snapshot, list_snapshots, release_name, write_snapshot
+from .snapshot import Snapshot, check_free, events_by_name, list_snapshots, release_name
 from .talks import Talks
 from .telling import Learned
 from .verify import Verified, verify_life
@@ -48,60 +44,13 @@ from .why import Why, explain
 
 
 class Learner:
-    """A life. Use `create` or `open`; close it, or use it in a `with`.
-
-    state: as it stands after event `at`; stands_on: the newest snapshot on the way there; notes: what a person should
-    know of how it was opened.
-    """
-
-    at: int
-    stands_on: Snapshot
-    notes: list[str]
-    _tokens_since: int  # learned since the last snapshot
-    _damaged: set[int]  # snapshots that cannot be read
+    """A life. Use `create` or `open`; close it, or use it in a `with`."""
 
     def __init__(self, folder: Path, *, write: bool, tell: Tell | None = None) -> None:
-        self.folder, self.write = folder, write
-        self._lock: int | None = None
-        self._journal: Journal | None = None
-        self._broken = ""  # why it cannot be used any more
-        check_format(folder)
-        if write:
-            self._lock = take(folder / "lock", str(folder))
-        try:
-            about = read_about(folder, write=write)
-            self.config: LifeConfig = about.config
-            self.model, self.tokens, self.model_hash = read_model(folder / "model")
-            if self.model_hash != about.model:
-                raise ValueError(f"{folder}: a life of model {about.model}, but model/ is {self.model_hash}")
-            self.fold = Fold(self.model, about.config.guards)
-            self._like: ReadingState = Reader(self.model).begin()
-            self.talks = Talks(folder, self.model, about.config.seed, self._like)
-            self._journal = Journal(folder, write=write)
-            self._wake(tell)
-        except BaseException:
-            self._let_go()
-            raise
-
-    def _wake(self, tell: Tell | None) -> None:
-        event, _ = self.journal.head
-        seal = self.journal.facts().get("about")
-        broken = broken_seal(self.folder, seal)
-        if self.write:
-            check_witness(self.journal)
-            scrub(self.journal)
-            if broken is None and seal != (now := about_seal(self.folder)):
-                with self.journal.transaction():
-                    self.journal.set_fact("about", now)
-        self._ordinals: Counter[str] = self.journal.ordinals()
-        self._go_to(event)
-        self.notes += [broken] if broken else []
-        if self.write:
-            base, again = self.at, len(self.catch_up(tell))
-            if again:
-                self.notes.append(f"{again} events after event {base} were learned again")
-            self._clean()
-            self._tell_of_traces()
+        self.held = held = Held(folder, write=write, tell=tell)
+        self.folder, self.fold = folder, held.fold
+        self.model, self.tokens, self.model_hash = held.model, held.tokens, held.model_hash
+        self.talks = Talks(folder, held.model, held.config.seed, held.like)
 
     @classmethod
     def create(
@@ -132,48 +81,35 @@ class Learner:
 
     def close(self) -> None:
         """Write a snapshot where something was learned since the last one, and let go of the life."""
-        try:
-            if self.write and self._journal is not None and self._tokens_since:
-                self.snapshot()
-        finally:
-            self._let_go()
+        self.held.close()
 
-    def _let_go(self) -> None:
-        try:
-            if self._journal is not None:
-                self._journal.close()
-        finally:
-            self._journal = None
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+    @property
+    def config(self) -> LifeConfig:
+        """How the life is kept now."""
+        return self.held.config
 
     @property
     def journal(self) -> Journal:
-        if self._journal is None:
-            raise ValueError(self._broken or f"{self.folder}: this life was closed")
-        return self._journal
+        return self.held.journal
 
     @property
     def state(self) -> LifeState:
-        if self._broken:
-            raise ValueError(self._broken)
-        return self._state
+        """After event `at`."""
+        return self.held.state
 
-    @state.setter
-    def state(self, state: LifeState) -> None:
-        self._state = state
+    @property
+    def at(self) -> int:
+        return self.held.at
 
-    @contextlib.contextmanager
-    def _all_the_way(self, step: str) -> Iterator[None]:
-        """Where a step back is cut short, what this object holds may be what was left behind: it is of no use then."""
-        try:
-            yield
-        except BaseException as error:
-            self._broken = f"{self.folder}: {step} was cut short ({error!r}); open the life again"
-            with contextlib.suppress(OSError, ValueError):
-                self._let_go()
-            raise
+    @property
+    def stands_on(self) -> Snapshot:
+        """The newest snapshot on the way to the state."""
+        return self.held.stands_on
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how the life was opened."""
+        return self.held.notes
 
     @property
     def digest(self) -> str:
@@ -206,43 +142,32 @@ class Learner:
 
     def accept(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Event]:
         """Journal a document without learning from it yet: when this returns it cannot be lost. `catch_up` learns."""
-        self._writing()
-        size = self.config.event_bytes
-        entries = entries_of(given, source, self.tokens, ends=ends, derived=derived, event_bytes=size)
-        return self.journal.append(entries, self._ordinals)
+        self.held.writing()
+        if source == SOURCE:
+            raise ValueError(f"source {SOURCE!r} is what a life's own sleeps are called; choose another name")
+        if derived is not None and self.journal.chain_of(derived) is None:
+            raise ValueError(f"derived must be an event of this life, or {BIRTH} for its birth, got {derived}")
+        return self.held.append(self._entries(given, source, ends=ends, derived=derived))
 
     def catch_up(self, tell: Tell | None = None) -> list[Done]:
         """Learn what was journaled and not yet learned; what each event did."""
-        self._writing()
-        head, _ = self.journal.head
-        chain, done = self.journal.chain_of(self.at) or "", []
-        for event in self.journal.path_events(head, self.at):
-            chain = event.link(chain)
-            if chain != event.chain:
-                raise ValueError(f"{self.journal.path}: damaged: event {event.id} is not what was journaled")
-            tokens = read_back(self.journal.content(event), event, self.tokens)
-            self.state, found = self.fold.step(self.state, event, tokens, tell)
-            self.journal.record(event.id, found._asdict(), found.tokens)
-            self.at = event.id
-            self._tokens_since += max(1, event.tokens)
-            done.append(found)
-            if self._tokens_since >= self.config.snapshot_tokens:
-                self.snapshot()
-        return done
+        return self.held.catch_up(tell)
 
     def has_read(self, given: Given, source: str) -> bool:
         """Whether a document was read from a source before, whole, on the life's path."""
-        size = self.config.event_bytes
-        entries = entries_of(given, source, self.tokens, ends=True, derived=None, event_bytes=size)
         blobs = {event.blob for event in self.journal.path_events(self.at) if event.source == source}
-        return all(hashlib.sha256(entry.content).hexdigest() in blobs for entry in entries)
+        return all(hashlib.sha256(entry.content).hexdigest() in blobs for entry in self._entries(given, source))
+
+    def _entries(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Entry]:
+        size = self.config.event_bytes
+        return entries_of(given, source, self.tokens, ends=ends, derived=derived, event_bytes=size)
 
     def release(self, source: str) -> None:
         """Take a source out of quarantine, and trust it from now on: jumps of its are taken in."""
-        self._writing()
+        self.held.writing()
         if not self.state.guard.record(source).quarantined:
             raise ValueError(f"{source!r} is not in quarantine")
-        self.journal.append([Entry(source, b"", 0, ends=False, kind="release")], self._ordinals)
+        self.held.append([Entry(source, b"", 0, ends=False, kind="release")])
         self.catch_up()
 
     def sleep(
@@ -258,29 +183,22 @@ class Learner:
         longer than this, but for a step of seeding and the scores: a pair that is being seeded stops, one that is not
         yet is left; what is finished stays, and where the clock cut is what is journaled. probes: texts by name, whose
         nats a token are told before and after."""
-        self._writing()
         self.catch_up()
-        model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
+        model, key = growing(self.model), night_key(self.config.seed, self.held.ordinals[SOURCE])
         config = config or self.night()
         scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
         guard = self.fold.sleeping(self.state)
         reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard)
-        (event,) = self.journal.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")], self._ordinals)
-        known = guard.state if guard else self.state.guard
-        self.state, self.at = self.state._replace(reading=reading, guard=known), event.id
+        (event,) = self.held.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")])
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
-        self._tokens_since += 1
+        known = guard.state if guard else self.state.guard
+        self.held.stand(self.state._replace(reading=reading, guard=known), event.id, 0)
         return report
 
     def night(self, config: SleepConfig = SleepConfig()) -> SleepConfig:
         """The default sleep: one of a kind that costs at most a quarter of what was learned since the last
         (`affordable`; in tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
         return default_night(growing(self.model), self.journal.path_events(self.at), config)
-
-    def _writing(self) -> None:
-        if not self.write:
-            raise ValueError(f"{self.folder}: opened for reading; open it with write=True to change it")
-        self.journal  # noqa: B018  (raises where it was closed)
 
     # talking
 
@@ -299,14 +217,14 @@ class Learner:
         if name in self.talks.names():
             return self.talks.resume(name)
         check_name(name)
-        if self.write and self.stands_on.event != self.at:
+        if self.held.write and self.stands_on.event != self.at:
             self.snapshot()
         return self.talks.begin(name, self._ground)
 
     def _ground(self) -> Snapshot:
         """The snapshot to begin a conversation on, while none can be removed."""
-        if not self.stands_on.folder.is_dir():
-            self._go_to(self.journal.head[0])
+        if self.stands_on not in list_snapshots(self.folder / "snapshots"):  # its number may be another's by now
+            self.held.go_to(None)
         return self.stands_on
 
     def learn_conversation(self, conversation: Conversation, *, own_words: bool = False) -> Learned:
@@ -331,7 +249,8 @@ class Learner:
         """What an answer after a prompt owes to each level and, estimated, to each source; with `exact` checked by
         learning everything again without each."""
         asked = (as_tokens(prompt, self.tokens), as_tokens(answer, self.tokens))
-        return explain(self.folder, self.journal, self.fold, self.tokens, self.state, asked, exact=exact, tell=tell)
+        place = (self.state, self.at)
+        return explain(self.folder, self.journal, self.fold, self.tokens, place, asked, exact=exact, tell=tell)
 
     def status(self) -> dict[str, Any]:
         """What the life is, has read and weighs, as plain data."""
@@ -364,39 +283,48 @@ class Learner:
 
     def snapshot(self, name: str | None = None) -> Snapshot:
         """Write the state as it stands. A named snapshot is kept, and can be gone back to by its name."""
-        self._writing()
-        if name is not None and (not name or name.isdigit() or name == "birth"):
-            raise ValueError(f"a snapshot's name must not be empty, a number or 'birth', got {name!r}")
-        if name is not None and name in self._names():
-            raise ValueError(f"there is a snapshot named {name!r} already")
-        with self.journal.transaction():  # what is done is in the journal before the snapshot can be seen
-            if name is not None:
-                self.journal.note("snapshot", self.journal.last(), name=name, event=self.at)
-        chain = self.journal.chain_of(self.at)
-        assert chain is not None
-        written = write_snapshot(self.folder / "snapshots", self.state, self.at, chain, name)
-        self._tokens_since, self.stands_on = 0, written
-        self._clean()
-        return written
+        self.held.writing()
+        if name is not None:
+            check_free(self.folder / "snapshots", name)
+        return self.held.snapshot(name)
+
+    def keep(
+        self,
+        *,
+        snapshot_tokens: int | None = None,
+        keep_snapshots: int | None = None,
+        journal_tokens: float | None = None,
+    ) -> LifeConfig:
+        """Change what is kept from now on (see `LifeConfig`; None: as it was). Texts that `journal_tokens` lets go of
+        do not come back. Raises ValueError for what is out of bounds."""
+        self.held.writing()
+        asked = {
+            "snapshot_tokens": snapshot_tokens,
+            "keep_snapshots": keep_snapshots,
+            "journal_tokens": journal_tokens,
+        }
+        if changes := {name: value for name, value in asked.items() if value is not None}:
+            self.held.keep(changes)
+        return self.config
 
     def release_snapshot(self, name: str) -> None:
         """Let go of a snapshot's name: it is kept no longer than one that never had any. Raises ValueError where there
         is none of that name."""
-        self._writing()
-        known(name, self._names(), "snapshot")
+        self.held.writing()
+        known(name, events_by_name(self.folder / "snapshots"), "snapshot")
         with self.journal.transaction():
             self.journal.note("release snapshot", self.journal.last(), name=name)
         for snapshot in list_snapshots(self.folder / "snapshots"):
             if snapshot.name == name:
                 release_name(snapshot)
-        self._clean()
+        self.held.clean()
 
     def resolve(self, to: str | int) -> int:
         """The event that a snapshot's name, "birth", or an event's number stands for."""
         if to == "birth":
             return BIRTH
         if isinstance(to, str) and not to.isdigit():
-            return int(known(to, self._names(), "snapshot"))
+            return int(known(to, events_by_name(self.folder / "snapshots"), "snapshot"))
         if self.journal.chain_of(int(to)) is None:
             raise ValueError(f"there is no event {to} in this life")
         return int(to)
@@ -404,14 +332,14 @@ class Learner:
     def rollback(self, to: str | int, tell: Tell | None = None) -> None:
         """Go back to a named snapshot, to "birth", or to the state after an event. What came after stays in the
         journal, off the life's path, and can be gone back to by its event's number until it is forgotten."""
-        self._writing()
+        self.held.writing()
         target, was = self.resolve(to), self.at
-        way_back(self.folder, self.journal, self._like, target)
-        with self._all_the_way("a rollback"):
+        way_back(self.folder, self.journal, self.held.like, target)
+        with self.held.all_the_way("a rollback"):
             with self.journal.transaction(acknowledged=True):
                 self.journal.set_fact("head", [target, self.journal.chain_of(target)])
                 self.journal.note("rollback", self.journal.last(), event=target, was=was)
-            self._return(tell)
+            self.held.turn_back(tell)
 
     def forget(self, *sources: str, tell: Tell | None = None) -> Plan:
         """Forget sources exactly: all that was read from them and all that derives from them goes, and the rest is
@@ -419,58 +347,29 @@ class Learner:
         was pruned of what would have to be read again. Forgetting "conversation NAME" removes the conversation. Returns
         what was taken out, with the names of the snapshots that went with it. `notes` say where a reader keeps traces
         of it in the journal's files."""
-        self._writing()
+        self.held.writing()
         talk_of = {f"conversation {name}": name for name in self.talks.names()}
         read = [source for source in sources if source not in talk_of or self.journal.has_source(source)]
         plan = plan_forgetting(self.journal, read)
-        way_back(self.folder, self.journal, self._like, plan.head, plan.base, plan.gone)
+        way_back(self.folder, self.journal, self.held.like, plan.head, plan.base, plan.gone)
         for source in talk_of.keys() & set(sources):
             remove_conversation(self.folder, talk_of[source])
         if read:
-            before = set(self._names())
-            with self._all_the_way("a forget"):
+            before = set(events_by_name(self.folder / "snapshots"))
+            with self.held.all_the_way("a forget"):
                 take_out(self.journal, plan)
                 scrub(self.journal)
-                self._return(tell)
-            self._tell_of_traces()
-            plan = plan._replace(snapshots=tuple(sorted(before - set(self._names()))))
+                self.held.turn_back(tell)
+            self.held.tell_of_traces()
+            plan = plan._replace(snapshots=tuple(sorted(before - set(events_by_name(self.folder / "snapshots")))))
         return plan
 
     def fork(self, folder: Path | str, at: str | int | None = None, tell: Tell | None = None) -> "Learner":
         """A copy of this life in another folder, as it stands or as it stood `at`; from there on they know nothing
         of each other. Conversations stay behind."""
         target = self.journal.head[0] if at is None else self.resolve(at)
-        if self.write:
+        if self.held.write:
             with self.journal.transaction():
                 self.journal.note("fork", self.journal.last(), event=target)
         copy_life(self.folder, self.journal, Path(folder), target)
         return Learner(Path(folder), write=True, tell=tell)
-
-    def _tell_of_traces(self) -> None:
-        if self.journal.facts()["scrub"]:
-            self.notes.append(
-                f"{self.journal.path}: a reader holds it open: what was forgotten is still to be found in its files, "
-                "until the life is opened for writing without that reader"
-            )
-
-    def _names(self) -> dict[str, int]:
-        return {s.name: s.event for s in list_snapshots(self.folder / "snapshots") if s.name is not None}
-
-    def _return(self, tell: Tell | None) -> None:
-        """Go to where the head is now, and leave a snapshot there."""
-        self._ordinals = self.journal.ordinals()
-        self._clean()
-        self._go_to(self.journal.head[0])
-        self.catch_up(tell)
-        self.snapshot()
-
-    def _go_to(self, event: int) -> None:
-        """Take the newest good snapshot on the way to an event."""
-        found = newest_state(self.folder, self.journal, self._like, event)
-        self.state, self.at, self.stands_on = found.state, found.snapshot.event, found.snapshot
-        self.notes = found.notes
-        self._damaged = found.damaged
-        self._tokens_since = 0
-
-    def _clean(self) -> None:
-        clean(self.folder, self.journal, self.config, self._damaged)

@@ -22,9 +22,11 @@ def machine() -> dict[str, Any]:
 
 
 def machine_differences(then: Mapping[str, Any]) -> list[str]:
-    """What differs between a machine that was written down and this one, in words."""
+    """What differs between a machine that was written down and this one, in words; what was not written down may."""
     now = machine()
-    return [f"{name}: {was} then, {now.get(name)} now" for name, was in then.items() if now.get(name) != was]
+    names = {**now, **then}
+    told = {name: (then.get(name, "not known"), now.get(name, "not known")) for name in names}
+    return [f"{name}: {was} then, {found} now" for name, (was, found) in told.items() if was != found]
 
 
 @contextlib.contextmanager

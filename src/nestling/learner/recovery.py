@@ -36,11 +36,15 @@ def check_witness(journal: Journal) -> None:
         )
 
 
-def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int) -> Found:
-    """The newest good snapshot on the way to `event`. A damaged one is passed over, and that is said. Raises
-    ValueError where none is left."""
-    way = {BIRTH: 0} | {number: depth for depth, number in enumerate(journal.path_ids(event), 1)}
-    live = [s for s in list_snapshots(folder / "snapshots") if s.event in way and journal.chain_of(s.event) == s.chain]
+def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int | None) -> Found:
+    """The newest good snapshot on the way to `event`; None: to the head. A damaged one is passed over, and that is
+    said. Raises ValueError where none is left."""
+    with journal.still():
+        goal = journal.head[0] if event is None else event
+        way = {BIRTH: 0} | {number: depth for depth, number in enumerate(journal.path_ids(goal), 1)}
+        listed = list_snapshots(folder / "snapshots")
+        live = [s for s in listed if s.event in way and journal.chain_of(s.event) == s.chain]
+        chain = journal.chain_of(goal)
     notes: list[str] = []
     damaged: set[int] = set()
     for snapshot in sorted(live, key=lambda s: (way[s.event], s.number), reverse=True):
@@ -52,7 +56,9 @@ def newest_state(folder: Path, journal: Journal, like: ReadingState, event: int)
             notes.append(f"{error}; an older snapshot is taken")
             damaged.add(snapshot.number)
             continue
-        if snapshot.event != event:
+        if journal.chain_of(goal) != chain:  # the writer forgot something on the way, and its snapshots
+            return newest_state(folder, journal, like, event)
+        if snapshot.event != goal:
             notes += [
                 f"this machine differs from the snapshot's, what follows is not the same bit for bit: {difference}"
                 for difference in machine_differences(snapshot.machine)

@@ -88,6 +88,19 @@ def list_snapshots(root: Path) -> list[Snapshot]:
     return found
 
 
+def events_by_name(root: Path) -> dict[str, int]:
+    """The events that the named snapshots are the states after."""
+    return {s.name: s.event for s in list_snapshots(root) if s.name is not None}
+
+
+def check_free(root: Path, name: str) -> None:
+    """Raises ValueError for what cannot be the name of a new snapshot."""
+    if not name or name.isdigit() or name == "birth":
+        raise ValueError(f"a snapshot's name must not be empty, a number or 'birth', got {name!r}")
+    if name in events_by_name(root):
+        raise ValueError(f"there is a snapshot named {name!r} already")
+
+
 def release_name(snapshot: Snapshot) -> None:
     """Take a snapshot's name from it; what was written of it stays as it is, checksums included."""
     write_file(snapshot.folder / RELEASED, b"")

@@ -55,7 +55,7 @@ def loss_by_level(
 
 
 def moved_alone(
-    fold: Fold, journal: Journal, tokens: Tokens, birth: LifeState, events: Sequence[Event]
+    fold: Fold, journal: Journal, tokens: Tokens, birth: LifeState, events: Sequence[Event], tell: Tell | None = None
 ) -> tuple[Weights, ...]:
     """How far a source moves the levels when it is all that a new life reads: the change of each weight, with what
     is left in the accumulators at the end stepped on too."""
@@ -63,7 +63,7 @@ def moved_alone(
     fresh = birth.reading._replace(levels=begin(fold.model.levels, start))
     state = fold.begin(fresh)
     for event in events:
-        state, _ = fold.step(state, event, read_back(journal.content(event), event, tokens))
+        state, _ = fold.step(state, event, read_back(journal.content(event), event, tokens), tell)
     after = _tick(fold.model.levels, state.reading.levels)
     return tuple(tuple(a - b for a, b in zip(new, old, strict=True)) for new, old in zip(after, start, strict=True))
 
@@ -86,12 +86,18 @@ def _tick(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
 
 
 def without(
-    fold: Fold, journal: Journal, tokens: Tokens, start: LifeState, after: int, source: str, tell: Tell | None
+    fold: Fold,
+    journal: Journal,
+    tokens: Tokens,
+    start: LifeState,
+    events: Sequence[Event],
+    source: str,
+    tell: Tell | None,
 ) -> LifeState:
-    """The state of a life that never read a source, from a state after event `after`, which knows nothing of it."""
+    """The state of a life that never read a source: from a state that knows nothing of it, and the events after."""
     gone = plan_forgetting(journal, (source,)).gone
     state = start
-    for event in journal.path_events(journal.head[0], after):
+    for event in events:
         if event.id not in gone:
             state, _ = fold.step(state, event, read_back(journal.content(event), event, tokens), tell)
     return state
@@ -123,33 +129,36 @@ def explain(
     journal: Journal,
     fold: Fold,
     tokens: Tokens,
-    now: LifeState,
+    place: tuple[LifeState, int],
     asked: tuple[Tensor, Tensor],
     *,
     exact: bool,
     tell: Tell | None,
 ) -> Why:
-    """What an answer owes to each level and each source (see `Why`). asked: prompt and answer.
+    """What an answer owes to each level and each source (see `Why`). place: a state, and the event that it is the
+    state after: a reader's life may have gone on. asked: prompt and answer.
 
     The estimate takes away from the weights as they are what the source alone does to the weights of birth. Exactly:
     the whole life is learned again without it, which takes as long as it takes.
     """
-    like, head = now.reading, journal.head[0]
+    now, at = place
+    like = now.reading
     birth = newest_state(life, journal, like, BIRTH).state
     weights = now.reading.levels.weights
     whole = log_probability(fold.model, weights, *asked)
-    path = journal.path_events(head)
+    path = journal.path_events(at)
     estimated: dict[str, float] = {}
     checked: dict[str, float] = {}
     for source, events in by_source(path).items():
-        moved = moved_alone(fold, journal, tokens, birth, events)
+        moved = moved_alone(fold, journal, tokens, birth, events, tell)
         less = tuple(
             tuple(w - m for w, m in zip(maps, own, strict=True)) for maps, own in zip(weights, moved, strict=True)
         )
         estimated[source] = whole - log_probability(fold.model, less, *asked)
         if exact:
             found = newest_state(life, journal, like, plan_forgetting(journal, (source,)).base)
-            never = without(fold, journal, tokens, found.state, found.snapshot.event, source, tell)
+            rest = journal.path_events(at, found.snapshot.event)
+            never = without(fold, journal, tokens, found.state, rest, source, tell)
             checked[source] = whole - log_probability(fold.model, never.reading.levels.weights, *asked)
     return Why(
         whole,

@@ -214,7 +214,12 @@ MUTANTS = (
         "tests/test_sleep_parts.py",
     ),
     Mutant("sleep/budget.py", "LEARNED = 3", "LEARNED = 6", "tests/test_budget.py"),
-    Mutant("sleep/warm_start.py", "reduced_rank(h * opened[:, None], y", "reduced_rank(h, y", "tests/test_sleep.py"),
+    Mutant(
+        "sleep/warm_start.py",
+        "Rows(h * torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None], y)",
+        "Rows(h, y)",
+        "tests/test_sleep.py",
+    ),
     Mutant(
         "levels/beside.py",
         "output = output + read_slots",

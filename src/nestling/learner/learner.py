@@ -13,7 +13,6 @@ newest good snapshot and the events after it give it back.
 """
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from nestling.levels import LevelledModel, Reader, ReadingState
 from nestling.memory import known
-from nestling.sleep import SleepConfig, SleepReport
+from nestling.sleep import Pair, Schedule, SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
@@ -33,9 +34,10 @@ from .copying import begin_life, copy_life
 from .event import BIRTH, Event
 from .fold import Done, Fold, LifeState, Tell, digest
 from .forgetting import Plan, plan_forgetting, scrub, take_out
-from .intake import Given, as_tokens, entries_of, pieces_of, read_back
+from .intake import Given, as_tokens, entries_of, pieces_of, read_back, tokens_read
 from .journal import Entry, Journal
 from .kinds import read_model
+from .living import live
 from .lock import take
 from .recovery import check_witness, clean, newest_state, way_back
 from .sleeping import SOURCE, default_night, fall_asleep, growing, night_key, score
@@ -204,6 +206,27 @@ class Learner:
             piece = following
         return telling.summed(done, len(self.model.levels))
 
+    def live(
+        self,
+        given: Given | Iterable[Given],
+        source: str,
+        schedule: Schedule,
+        config: SleepConfig = SleepConfig(),
+        *,
+        share: float | None = 0.25,
+        ends: bool = True,
+        derived: int | None = None,
+        tell: Tell | None = None,
+        tell_sleep: SleepTell | None = None,
+    ) -> tuple[Learned, list[SleepReport]]:
+        """Learn a document as `learn` does, and sleep where a schedule says so: what was learned, and the nights. What
+        comes after a point at which the schedule is asked is journaled once that is done, and each sleep is an event
+        of its own. config: of the nights, each of which costs at most a share of what was learned since the last one
+        (in tokens; a life stays awake where that is too little); share=None: they are as the config says."""
+        told: dict[str, Any] = {"ends": ends, "derived": derived, "tell": tell, "tell_sleep": tell_sleep}
+        done, nights = live(self, given, source, schedule, config, share, **told)
+        return telling.summed(done, len(self.model.levels)), nights
+
     def accept(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Event]:
         """Journal a document without learning from it yet: when this returns it cannot be lost. `catch_up` learns."""
         self._writing()
@@ -230,12 +253,12 @@ class Learner:
                 self.snapshot()
         return done
 
-    def has_read(self, given: Given, source: str) -> bool:
-        """Whether a document was read from a source before, whole, on the life's path."""
-        size = self.config.event_bytes
-        entries = entries_of(given, source, self.tokens, ends=True, derived=None, event_bytes=size)
-        blobs = {event.blob for event in self.journal.path_events(self.at) if event.source == source}
-        return all(hashlib.sha256(entry.content).hexdigest() in blobs for entry in entries)
+    def unread(self, given: Given, source: str) -> Tensor:
+        """The tokens of a document [n] that the life's path has not read from a source: none where it was read before,
+        the rest where its reading was cut short, else all."""
+        tokens = as_tokens(given, self.tokens)
+        (whole,) = entries_of(tokens, source, self.tokens, ends=True, derived=None, event_bytes=4 * tokens.numel())
+        return tokens[tokens_read(whole, self.journal.path_events(self.at)) :]
 
     def release(self, source: str) -> None:
         """Take a source out of quarantine, and trust it from now on: jumps of its are taken in."""
@@ -250,21 +273,22 @@ class Learner:
         config: SleepConfig | None = None,
         *,
         seconds: float | None = None,
+        only: Sequence[Pair] | None = None,
         probes: Mapping[str, Given] | None = None,
         tell: SleepTell | None = None,
     ) -> SleepReport:
         """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
         it is finished, so that a sleep that is cut short has not been. config: `self.night()` by default. seconds: no
         longer than this, but for a step of seeding and the scores: a pair that is being seeded stops, one that is not
-        yet is left; what is finished stays, and where the clock cut is what is journaled. probes: texts by name, whose
-        nats a token are told before and after."""
+        yet is left; what is finished stays, and where the clock cut is what is journaled. only: some of the pairs.
+        probes: texts by name, whose nats a token are told before and after."""
         self._writing()
         self.catch_up()
         model, key = growing(self.model), night_key(self.config.seed, self._ordinals[SOURCE])
         config = config or self.night()
         scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
         guard = self.fold.sleeping(self.state)
-        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard)
+        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard, only)
         (event,) = self.journal.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")], self._ordinals)
         known = guard.state if guard else self.state.guard
         self.state, self.at = self.state._replace(reading=reading, guard=known), event.id
@@ -275,7 +299,7 @@ class Learner:
     def night(self, config: SleepConfig = SleepConfig()) -> SleepConfig:
         """The default sleep: one of a kind that costs at most a quarter of what was learned since the last
         (`affordable`; in tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
-        return default_night(growing(self.model), self.journal.path_events(self.at), config)
+        return default_night(growing(self.model), self.journal.day(self.at), config)
 
     def _writing(self) -> None:
         if not self.write:

@@ -79,11 +79,11 @@ def _dreams(model: Growing, config: SleepConfig, pair: Pair, tokens: int) -> int
 
 
 def _of_a_pair(model: Growing, config: SleepConfig, pair: Pair) -> int:
-    """Dreams are written once and read once for the teacher and once for every host in turn; what is held out is read
-    by both, for each of two students, after the warm start, after seeding, and with the slot masked."""
+    """Dreams are written once, and read by teacher and student for every host in turn; what is held out is read by
+    both, for each of two students, after the warm start, after seeding, and with the slot masked."""
     hosts, length = len(levels_of(model, pair.slow)), config.length + 1
     rehearsed = round(config.rehearsal * config.dreams)
-    fitted = (1 + hosts) * (config.dreams + rehearsed) if config.warm_start else 0
+    fitted = 2 * hosts * (config.dreams + rehearsed) if config.warm_start else 0
     ranked = {merge(): 2, refuse(): 0}.get(config.when_full, 1) * config.dreams  # to rank slots, and to merge them
     texts = config.dreams + rehearsed + fitted + ranked + 11 * config.held_out
     return texts * length + config.seeding.steps * _step(config.seeding, length) + 3

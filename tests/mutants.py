@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant("learner/fold.py", "if state.source not in (None, event.source):", "if False:", "tests/test_life.py"),
     Mutant("learner/fold.py", "if event.ends:", "if True:", "tests/test_life.py"),
-    Mutant("learner/forgetting.py", "parent = kept(event.parent)", "parent = event.parent", "tests/test_life.py"),
+    Mutant("learner/forgetting.py", "parent=kept(event.parent)", "parent=event.parent", "tests/test_life.py"),
     Mutant("learner/forgetting.py", " or event.derived in tainted", "", "tests/test_life.py"),
     Mutant("learner/forgetting.py", 'journal.ask("VACUUM")', "pass", "tests/test_life.py"),
     Mutant("learner/guards.py", "if not finite:", "if False:", "tests/test_guards.py"),
@@ -44,7 +44,7 @@ MUTANTS = (
         "s.number not in newest and",
         "tests/test_conversations.py",
     ),
-    Mutant("learner/talks.py", "self._at_hand[0] != number", "False", "tests/test_conversations.py"),
+    Mutant("learner/talks.py", "self._at_hand[0] != sums", "False", "tests/test_conversations.py"),
     Mutant("learner/verify.py", "(report.notes if differs else report.problems)", "report.notes", "tests/test_life.py"),
     Mutant(
         "learner/verify.py", "(report.notes if differs else report.problems)", "report.problems", "tests/test_life.py"
@@ -214,6 +214,127 @@ MUTANTS = (
         "tests/test_sleep_parts.py",
     ),
     Mutant("sleep/budget.py", "LEARNED = 3", "LEARNED = 6", "tests/test_budget.py"),
+    Mutant("sleep/divergence.py", "+ (1 - beta) * kl(", "+ kl(", "tests/test_sleep_parts.py::TestDivergence"),
+    Mutant(
+        "sleep/imitation.py", "z <= within * longest", "z < within * longest", "tests/test_sleep_parts.py::TestReward"
+    ),
+    Mutant(
+        "sleep/imitation.py",
+        "self.share * self.meaning.agrees(heard) + (1 - self.share) * spelled",
+        "(1 - self.share) * self.meaning.agrees(heard) + self.share * spelled",
+        "tests/test_sleep_parts.py::TestReward",
+    ),
+    Mutant(
+        "sleep/schedule.py",
+        "if moment.awake >= self.tokens",
+        "if moment.awake > self.tokens",
+        "tests/test_sleep_parts.py::TestSchedule",
+    ),
+    Mutant(
+        "sleep/schedule.py", "if position > 0 and position", "if position", "tests/test_sleep_parts.py::TestSchedule"
+    ),
+    Mutant(
+        "sleep/schedule.py",
+        "if surprised and moment.awake >= self.at_least",
+        "if surprised",
+        "tests/test_sleep_parts.py::TestSchedule",
+    ),
+    Mutant("sleep/seed.py", "gradient * min(1.0, config.clip / max(norm, 1e-12))", "gradient", "tests/test_night.py"),
+    Mutant(
+        "sleep/seed.py", "if track and apart > EXPLODED", "if False and apart > EXPLODED", "tests/test_life_sleep.py"
+    ),
+    Mutant(
+        "sleep/seed.py",
+        "theirs, mine, config.beta).mean()\n        if weight < 1",
+        "mine, theirs, config.beta).mean()\n        if weight < 1",
+        "tests/test_sleep.py::TestSeeding",
+    ),
+    Mutant("sleep/warm_start.py", "RIDGE = 0.1", "RIDGE = 3e-6", "tests/test_sleep_parts.py::TestCompressing"),
+    Mutant("sleep/warm_start.py", " + math.log(count_a / count_b)", "", "tests/test_sleep_parts.py::TestCompressing"),
+    Mutant(
+        "sleep/warm_start.py",
+        "Rows(received, wanted - answered)",
+        "Rows(received, answered - wanted)",
+        "tests/test_sleep.py::TestSeeding",
+    ),
+    Mutant(
+        "sleep/warm_start.py",
+        "default=host), host + 1)",
+        "default=host) * 0 + host, host + 1)",
+        "tests/test_sleep.py::TestSeeding",
+    ),
+    Mutant(
+        "sleep/warm_start.py",
+        "[:, :rank].mT  # [r, v]",
+        "[:, -rank:].mT  # [r, v]",
+        "tests/test_sleep_parts.py::TestCompressing",
+    ),
+    Mutant("sleep/dreams.py", "part.tokens.split(rows)", "part.tokens.split(10 * rows)", "tests/test_sleep_memory.py"),
+    Mutant("sleep/prune.py", ".norm(dim=-1) * opening(found, h)", ".norm(dim=-1)", "tests/test_sleep.py::TestPruning"),
+    Mutant(
+        "sleep/prune.py",
+        "full = folded + torch.linalg.solve",
+        "full = torch.linalg.solve",
+        "tests/test_sleep_parts.py::TestCompressing",
+    ),
+    Mutant(
+        "sleep/prune.py",
+        "inputs.norm(dim=0), sparsity, by_row=True",
+        "inputs.norm(dim=0), sparsity, by_row=False",
+        "tests/test_sleep_parts.py::TestCompressing",
+    ),
+    Mutant(
+        "sleep/prune.py",
+        "while int(active(model, weights, hosts).sum()) > slots",
+        "while int(active(model, weights, hosts).sum()) > slots + 1",
+        "tests/test_sleep.py::TestPruning",
+    ),
+    Mutant(
+        "sleep/night.py",
+        "current = config.student.teacher(before, learned)",
+        "current = learned",
+        "tests/test_sleep.py::TestPaper",
+    ),
+    Mutant(
+        "sleep/night.py",
+        "if done.outcome in FINISHED and started < after",
+        "if False and started < after",
+        "tests/test_night.py",
+    ),
+    Mutant("sleep/night.py", "before * (1 - self.config.least_recovered)", "before", "tests/test_night.py"),
+    Mutant("sleep/night.py", "levels_of(model, pair.slow) if _own(config) else ()", "()", "tests/test_night.py"),
+    Mutant(
+        "sleep/night.py",
+        "masked(model, done.weights, hosts, place.slot)",
+        "done.weights",
+        "tests/test_sleep.py::TestSleep",
+    ),
+    Mutant("sleep/bound.py", ">= self.seconds", "> self.seconds", "tests/test_life_sleep.py"),
+    Mutant("sleep/grow.py", "masks[slot] = mask", "masks[slot] = 1.0", "tests/test_sleep_parts.py::TestCompressing"),
+    Mutant("sleep/student.py", "new._replace(elapsed=old.elapsed)", "new", "tests/test_sleep.py::TestSleep"),
+    Mutant(
+        "sleep/dreaming.py",
+        "place, texts[index][None], prompt, config.trial_steps",
+        "place, texts[:1], prompt, config.trial_steps",
+        "tests/test_dreaming.py",
+    ),
+    Mutant("sleep/dreaming.py", "gate[slot, -1] = _OPEN", "gate[slot, -1] = -_OPEN", "tests/test_dreaming.py"),
+    Mutant("sleep/dreaming.py", "if not after < start:", "if not after < math.inf:", "tests/test_dreaming.py"),
+    Mutant("learner/living.py", "        ask()  # again", "        pass  # again", "tests/test_life_live.py"),
+    Mutant("learner/sleeping.py", "for mean in means[:-1]", "for mean in means", "tests/test_life_live.py"),
+    Mutant(
+        "learner/sleeping.py",
+        '{"steps": night.steps, "only": night.only,',
+        '{"steps": night.steps,',
+        "tests/test_life_live.py",
+    ),
+    Mutant("learner/journal.py", "WHERE e.kind <> 'sleep')", ")", "tests/test_life_live.py"),
+    Mutant(
+        "learner/intake.py",
+        "            begun = []\n            continue",
+        "            continue",
+        "tests/test_life_live.py",
+    ),
     Mutant(
         "sleep/warm_start.py",
         "Rows(h * torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None], y)",

@@ -320,6 +320,7 @@ MUTANTS = (
     ),
     Mutant("sleep/dreaming.py", "gate[slot, -1] = _OPEN", "gate[slot, -1] = -_OPEN", "tests/test_dreaming.py"),
     Mutant("sleep/dreaming.py", "if not after < start:", "if not after < math.inf:", "tests/test_dreaming.py"),
+    Mutant("learner/living.py", " if learned(day) else None", "", "tests/test_life_live.py"),
     Mutant("learner/living.py", "        ask()  # again", "        pass  # again", "tests/test_life_live.py"),
     Mutant("learner/sleeping.py", "for mean in means[:-1]", "for mean in means", "tests/test_life_live.py"),
     Mutant(

@@ -19,7 +19,7 @@ OPTIONS = {
     life.fork: "directory copy at json",
     life.forget: "directory sources json",
     life.release: "directory source json",
-    resting.sleep: "directory steps seconds dreams dream full student probe json",
+    resting.sleep: "directory steps seconds dreams dream context full student probe json",
     life.why: "directory prompt answer exact json",
     life.verify: "directory replay json",
     stacking.stack: "base out periods levels how step_size rank context overlap loss seed",

@@ -1,6 +1,7 @@
 """A life on disk that sleeps on a schedule while it learns."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nestling.models import Decoder, ModelConfig
 from nestling.sequence import attention
 from nestling.sleep import (
     Pair,
+    Schedule,
     SeedConfig,
     SleepConfig,
     affordable,
@@ -181,6 +183,22 @@ def test_a_schedule_is_told_of_surprise_by_what_was_journaled() -> None:
     assert moment(grown, schedule, read(grown, 192), day[:2]).best == float("inf"), "asked for the first time"
     asked = [due_night(grown, schedule, read(grown, 320), part, QUICK, None) for part in (day, day[:3], day[:2])]
     assert [night is None for night in asked] == [False, True, True]
+
+
+@dataclass(frozen=True, repr=False)
+class each_50(Schedule):
+    def pairs(self, levels, moment) -> tuple[Pair, ...]:
+        return (Pair(32, 96),)
+
+    def next(self, levels, position: int) -> int:
+        return position // 50 * 50 + 50
+
+
+def test_no_night_follows_another_without_a_day(tmp_path: Path) -> None:
+    with born(tmp_path / "life") as life:
+        for part in (TEXT[:50], TEXT[50:60]):
+            life.live(part, "fox", each_50(), QUICK, share=None)
+        assert [at for at, _ in nights(life)] == [50]
 
 
 def test_slots_ask_and_the_day_is_what_was_learned_since_the_last_sleep(tmp_path: Path) -> None:

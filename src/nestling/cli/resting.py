@@ -8,6 +8,7 @@ import tyro
 from rich.progress import TaskID
 
 from nestling.sleep import DreamConfig, Pair, SleepConfig, SleepReport, evict, merge, paper, refuse, reset
+from nestling.sleep.report import period_name
 
 from .opening import opened
 from .shared import app, print_json, progress
@@ -24,6 +25,7 @@ def sleep(
     seconds: float | None = None,
     dreams: int | None = None,
     dream: bool = False,
+    context: bool = False,
     full: Literal["refuse", "merge", "evict"] = "refuse",
     student: Literal["reset", "paper"] = "reset",
     probe: tuple[Path, ...] = (),
@@ -39,6 +41,7 @@ def sleep(
         seconds: no longer than this; what is finished then is kept.
         dreams: texts that the life writes for itself, for each pair.
         dream: after that, learn from dreams of its own those that help it to write as it did before.
+        context: what the open document's context holds goes to the fastest level, too.
         full: where no slot is free: leave the pair as it is, merge the two least used slots, or lose the least used.
         student: what becomes of the fast levels: their first weights again, or the published one more update.
         probe: files of text, whose surprise is told before and after.
@@ -46,7 +49,7 @@ def sleep(
     """
     texts = {path.name: path.read_bytes() for path in probe}
     with opened(directory) as life, progress() as bars:
-        config = SleepConfig(when_full=FULL[full], student=STUDENTS[student])
+        config = SleepConfig(when_full=FULL[full], student=STUDENTS[student], context=context)
         if steps is None and seconds is None and dreams is None:
             config = life.night(config)
         if dreams is not None:
@@ -59,7 +62,9 @@ def sleep(
 
         def tell(pair: Pair, done: int, total: int) -> None:
             if pair not in tasks:
-                tasks[pair] = bars.add_task(f"{pair.fast:,.0f} -> {pair.slow:,.0f}", total=total, note="")
+                tasks[pair] = bars.add_task(
+                    f"{period_name(pair.fast)} -> {period_name(pair.slow)}", total=total, note=""
+                )
             bars.update(tasks[pair], completed=done + 1)
 
         report = life.sleep(config, seconds=seconds, probes=texts, tell=tell)

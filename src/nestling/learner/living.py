@@ -10,7 +10,7 @@ from nestling.sleep.night import Tell as SleepTell
 
 from .fold import Done, Tell
 from .intake import Given, as_tokens, pieces_of
-from .sleeping import due_night, growing
+from .sleeping import due_night, growing, learned
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -35,7 +35,8 @@ def live(
     nights: list[SleepReport] = []
 
     def ask() -> None:
-        night = due_night(model, schedule, life.state.reading, life.journal.day(life.at), config, share)
+        day = life.journal.day(life.at)
+        night = due_night(model, schedule, life.state.reading, day, config, share) if learned(day) else None
         nights.extend([life.sleep(night.config, only=night.pairs, tell=tell_sleep)] if night else [])
 
     life.catch_up(tell)

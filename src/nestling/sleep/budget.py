@@ -23,7 +23,7 @@ def night_tokens(model: Growing, config: SleepConfig, chosen: Sequence[Pair] | N
     For sources whose dreams begin with one token, and without dreaming (`SleepConfig.dreaming`). Oracle: a model that
     counts (tests/test_budget.py).
     """
-    found = pairs(model.own) if chosen is None else chosen
+    found = pairs(model.own, context=config.context) if chosen is None else chosen
     return sum(_of_a_pair(model, config, pair) for pair in found)
 
 
@@ -42,7 +42,7 @@ def affordable(
     """
     if not share > 0:
         raise ValueError(f"share must be > 0, got {share}")
-    found = pairs(model.own) if chosen is None else chosen
+    found = pairs(model.own, context=config.context) if chosen is None else chosen
     if not found:
         return None
     each, widest = int(share * LEARNED * awake) // len(found), max(found, key=lambda p: len(levels_of(model, p.slow)))

@@ -1,7 +1,7 @@
 """A life on disk that sleeps on a schedule while it learns."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,12 @@ TEXT = b"the quick brown fox jumps over the lazy dog. " * 5  # 225
 KEEP = LifeConfig(snapshot_tokens=100, event_bytes=50)
 
 
-def model(slots: int = 3) -> Growing:
-    return Growing(Decoder(CONFIG, seed=3).requires_grad_(False), slots, 2)
+def model(slots: int = 3, levels: int = 3) -> Growing:
+    return Growing(Decoder(replace(CONFIG, levels=LEVELS[:levels]), seed=3).requires_grad_(False), slots, 2)
 
 
-def born(folder: Path, slots: int = 3) -> Learner:
-    return Learner.create(folder, model(slots), config=KEEP)
+def born(folder: Path, slots: int = 3, levels: int = 2) -> Learner:
+    return Learner.create(folder, model(slots, levels), config=KEEP)
 
 
 def nights(life: Learner) -> list[tuple[int, Night]]:
@@ -57,20 +57,20 @@ def nights(life: Learner) -> list[tuple[int, Night]]:
     return found
 
 
-@pytest.mark.parametrize("schedule", [at_ticks(at_least=32), after(70)], ids=repr)
+@pytest.mark.parametrize("schedule", [at_ticks(at_least=32), after(45)], ids=repr)
 def test_it_sleeps_where_a_life_in_memory_does(tmp_path: Path, schedule) -> None:
     """Oracle: `sleep.live`, whose keys alone differ."""
-    expected = live(model(), begin(model()), torch.tensor(list(TEXT[:150])), schedule, QUICK)[2]
-    with born(tmp_path / "life") as life:
-        learned, reports = life.live([TEXT[:50], TEXT[50:150]], "fox", schedule, QUICK, share=None)
-        assert learned.tokens == 150
+    expected = live(model(), begin(model()), torch.tensor(list(TEXT[:100])), schedule, QUICK)[2]
+    with born(tmp_path / "life", levels=3) as life:
+        learned, reports = life.live([TEXT[:50], TEXT[50:100]], "fox", schedule, QUICK, share=None)
+        assert learned.tokens == 100
         slept = nights(life)
         assert [position for position, _ in slept] == [night.position for night in expected]
         assert [night.only for _, night in slept] == [
             tuple(Pair(pair.fast, pair.slow) for pair in night.report.pairs) for night in expected
         ]
         assert len(reports) == len(slept) >= 2
-        assert int(life.state.reading.position) == 150
+        assert int(life.state.reading.position) == 100
         assert life.state.source is None
 
 
@@ -202,7 +202,7 @@ def test_no_night_follows_another_without_a_day(tmp_path: Path) -> None:
 
 
 def test_slots_ask_and_the_day_is_what_was_learned_since_the_last_sleep(tmp_path: Path) -> None:
-    with born(tmp_path / "life", slots=1) as life:
+    with born(tmp_path / "life", slots=1, levels=3) as life:
         life.live(TEXT[:100], "fox", at_ticks(at_least=96), QUICK, share=None, ends=False)
         assert [event.tokens for event, _ in life.journal.day(life.at)] == [4]
         life.live(TEXT[100:], "fox", when_slots_fill(each=64), QUICK, share=None)
@@ -216,18 +216,18 @@ def test_slots_ask_and_the_day_is_what_was_learned_since_the_last_sleep(tmp_path
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text = str(tmp_path / "life"), tmp_path / "text.txt"
-    text.write_bytes(TEXT * 11)
+    text.write_bytes((TEXT * 4)[:850])
     born(tmp_path / "life").close()
-    learn = ["learn", folder, str(text), "--sleep", "after(1200)", "--full", "merge"]
+    learn = ["learn", folder, str(text), "--sleep", "after(800)", "--full", "merge"]
     assert main([*learn, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [len(night["pairs"]) for night in told["nights"]] == [2, 2]
+    assert [len(night["pairs"]) for night in told["nights"]] == [1]
     assert main([*learn, "--no-again"]) == 0
     assert capsys.readouterr().out == "passed over 1 documents that were read before\n"
     assert main(learn) == 0
-    assert "slept 2 times; pairs of levels: " in capsys.readouterr().out
+    assert "slept 1 times; pairs of levels: " in capsys.readouterr().out
     with Learner.open(folder, write=False) as life:
-        assert {type(night.config.when_full).__name__ for _, night in nights(life)} == {"merge"}
+        assert [type(night.config.when_full).__name__ for _, night in nights(life)] == ["merge", "merge"]
     with Learner.create(tmp_path / "plain", Decoder(CONFIG)) as life:
         life.close()
     assert main(["learn", str(tmp_path / "plain"), str(text), "--sleep", "after(1000)"]) == 2

@@ -69,6 +69,19 @@ def test_a_night_costs_at_most_a_quarter_of_waking(kind: str, awake: int) -> Non
     assert config.seeding.steps > 0 or config.warm_start
 
 
+def test_the_context_is_a_pair_that_is_paid_for() -> None:
+    model = build(blocks=1)
+    state = lived(model)
+    config = affordable(model, 3_000, SleepConfig(context=True))
+    assert config is not None
+    assert config.context
+    model.model.tokens = 0
+    _, report = sleep(model, state, replace(config, least_recovered=-1e9))
+    assert len(report.pairs) == 3
+    learned = 3 * state.segment.numel()  # what was open
+    assert model.model.tokens - learned <= night_tokens(model, config) <= 0.25 * 3 * 3_000
+
+
 def test_seeding_comes_in_where_a_quarter_of_the_night_pays_for_it() -> None:
     model = build()
     steps = [affordable(model, awake, KINDS["seeding"]).seeding.steps for awake in (12_000, 60_000, 120_000)]

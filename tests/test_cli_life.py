@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nestling.cli import life, main, reading, stacking, talking
+from nestling.cli import life, main, reading, resting, stacking, talking
 
 OPTIONS = {
     life.new: "directory model preset slots rank config json",
@@ -20,11 +20,11 @@ OPTIONS = {
     life.fork: "directory copy at json",
     life.forget: "directory sources json",
     life.release: "directory source json",
-    life.sleep: "directory steps seconds dreams dream full student probe json",
+    resting.sleep: "directory steps seconds dreams dream context full student probe json",
     life.why: "directory prompt answer exact json",
     life.verify: "directory replay json",
     stacking.stack: "base out periods levels how step_size rank context overlap loss seed",
-    reading.learn: "directory paths source again json",
+    reading.learn: "directory paths source again sleep full json",
     talking.generate_command: "directory prompt tokens temperature seed json",
     talking.chat: "directory conversation prompt read tokens temperature stop learn own_words json",
 }

@@ -95,6 +95,20 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["verify", life, "--replay"]) == 0
 
 
+def test_the_context_of_an_open_document_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "life"
+    with born(folder) as life:
+        life.learn(TEXT[:100], "fox", ends=False)
+    assert main(["sleep", str(folder), "--steps", "1", "--dreams", "4", "--context", "--json"]) == 0
+    pairs = json.loads(capsys.readouterr().out)["pairs"]
+    assert [(pair["fast"], pair["slow"]) for pair in pairs] == [(16.0, 48.0), (0.0, 16.0)]
+    assert pairs[1]["before"] > 0
+    with Learner.open(folder, write=False) as life:
+        assert life.verify(replay=True).problems == []
+
+
 def test_slots_are_asked_for_at_birth(tmp_path: Path) -> None:
     assert main(["new", str(tmp_path / "life"), "--preset", "tiny", "--slots", "2", "--rank", "3"]) == 0
     with Learner.open(tmp_path / "life") as life:

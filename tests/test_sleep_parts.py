@@ -40,7 +40,7 @@ from nestling.sleep import (
 from nestling.sleep.imitation import advantages
 from nestling.sleep.prune import by_magnitude, by_wanda, merge_maps
 from nestling.sleep.schedule import CONTEXT, Moment
-from nestling.sleep.warm_start import discriminant
+from nestling.sleep.warm_start import RIDGE, Rows, discriminant
 
 F64 = torch.float64
 LEVELS = (level(1_000), level(5_000), level(10_000)) * 2  # two blocks
@@ -287,7 +287,7 @@ class TestCompressing:
 
     def test_reduced_rank_regression_is_the_optimum(self) -> None:
         h, y = random(60, 8), random(60, 6, seed=1) + random(60, 8) @ random(8, 6, seed=2)
-        fit = reduced_rank(h, y, 2)
+        fit = reduced_rank([Rows(h[:13], y[:13]), Rows(h[13:], y[13:])], 2)
         down, up = (random(2, 8, seed=4).requires_grad_(), random(6, 2, seed=5).requires_grad_())
         optimizer = torch.optim.LBFGS([down, up], max_iter=2_000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
@@ -305,10 +305,26 @@ class TestCompressing:
         cut = left[:, :2] * values[:2] @ right[:2]
         assert found < float((y - h @ cut).square().sum())  # which truncating the weights does not reach
 
+    def test_directions_that_dreams_hardly_have_stay_bounded(self) -> None:
+        """W is at most |y| / (2 sqrt(ridge)); without one, text that has the direction is answered by hundreds."""
+        h, y = random(200, 6), random(200, 5, seed=1)
+        h[:, 5] *= 1e-4
+        text = torch.zeros(6, dtype=F64)
+        text[5] = 1.0
+        sizes = []
+        for ridge in (0.0, RIDGE):
+            fit = reduced_rank([Rows(h, y)], 4, ridge)
+            sizes.append(float((fit.up @ fit.down @ text).norm()))
+        assert sizes[0] > 100
+        assert sizes[1] < 1e-2
+        least = RIDGE * float(h.square().sum()) / 6
+        assert float((fit.up @ fit.down).norm()) <= float(y.norm()) / (2 * math.sqrt(least))
+
     def test_the_discriminant_is_the_chance_of_the_first_kind(self) -> None:
         """Of normal rows with one covariance: by Bayes' rule, on rows that it was not made from."""
         mix, a, b = random(3, 3, seed=1), random(3, seed=2) * 0.3, random(3, seed=3) * 0.3
-        gate = discriminant(random(20_000, 3, seed=4) @ mix + a, random(10_000, 3, seed=5) @ mix + b, ridge=0.0)
+        these, others = random(20_000, 3, seed=4) @ mix + a, random(10_000, 3, seed=5) @ mix + b
+        gate = discriminant(these.split(900), others.split(7_000), ridge=0.0)
         h = random(5, 3, seed=6) @ mix
         covariance = mix.mT @ mix
         chances = [torch.distributions.MultivariateNormal(mean, covariance).log_prob(h) for mean in (a, b)]
@@ -316,6 +332,6 @@ class TestCompressing:
         torch.testing.assert_close(torch.sigmoid(h @ gate[:3] + gate[3]), expected, rtol=0, atol=0.02)
 
     def test_rank_beyond_what_there_is(self) -> None:
-        fit = reduced_rank(random(30, 4), random(30, 3, seed=1), 5)
+        fit = reduced_rank([Rows(random(30, 4), random(30, 3, seed=1))], 5)
         assert fit.down.shape == (5, 4)
         assert fit.up.shape == (3, 5)

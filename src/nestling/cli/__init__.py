@@ -13,7 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import sys
 
-from . import life, models, reading, stacking, talking, zoo
+from . import life, models, reading, resting, stacking, talking, zoo
 from .shared import app, registry
 from .training import train_command
 
@@ -36,4 +36,4 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["life", "main", "models", "reading", "stacking", "talking", "zoo"]
+__all__ = ["life", "main", "models", "reading", "resting", "stacking", "talking", "zoo"]

@@ -1,12 +1,10 @@
 """Commands on a life: new, status, history, sleep, snapshot, keep, rollback, fork, forget, release, why, verify."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -15,11 +13,10 @@ from nestling.learner.verify import verify_life
 from nestling.levels import Growing
 from nestling.models import Decoder
 from nestling.models import preset as preset_config
-from nestling.sleep import DreamConfig, Pair, SleepConfig, SleepReport, evict, merge, paper, refuse, reset
 
 from .opening import learning_again, opened, say_notes
 from .reading import open_reader
-from .shared import BITS, app, console, print_json, progress
+from .shared import BITS, app, console, print_json
 from .training import Presets
 
 LifeFolder = tyro.conf.Positional[Path]
@@ -112,72 +109,6 @@ def _sources(sources: dict[str, dict[str, Any]], with_now: bool) -> Table:
         now = [f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else "pruned"] if with_now else []
         table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", *now, moved, refused, kept)
     return table
-
-
-FULL = {"refuse": refuse(), "merge": merge(), "evict": evict()}
-STUDENTS = {"reset": reset(), "paper": paper()}
-
-
-@app.command(name="sleep")
-def sleep(
-    directory: LifeFolder,
-    *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    dreams: int | None = None,
-    dream: bool = False,
-    full: Literal["refuse", "merge", "evict"] = "refuse",
-    student: Literal["reset", "paper"] = "reset",
-    probe: tuple[Path, ...] = (),
-    json: bool = False,
-) -> None:
-    """Let a life sleep: what its fast levels hold goes to slots of slower ones, by distillation on its own dreams.
-
-    Without --steps, --seconds or --dreams, a night costs at most a quarter of what was read since the last.
-
-    Args:
-        directory: a life that was begun with --slots.
-        steps: of seeding, for each pair of levels.
-        seconds: no longer than this; what is finished then is kept.
-        dreams: texts that the life writes for itself, for each pair.
-        dream: after that, learn from dreams of its own those that help it to write as it did before.
-        full: where no slot is free: leave the pair as it is, merge the two least used slots, or lose the least used.
-        student: what becomes of the fast levels: their first weights again, or the published one more update.
-        probe: files of text, whose surprise is told before and after.
-        json: print the report as JSON.
-    """
-    texts = {path.name: path.read_bytes() for path in probe}
-    with opened(directory) as life, progress() as bars:
-        config = SleepConfig(when_full=FULL[full], student=STUDENTS[student])
-        if steps is None and seconds is None and dreams is None:
-            config = life.night(config)
-        if dreams is not None:
-            config = replace(config, dreams=dreams)
-        if steps is not None:
-            config = replace(config, seeding=replace(config.seeding, steps=steps))
-        if dream:
-            config = replace(config, dreaming=DreamConfig())
-        tasks: dict[Pair, TaskID] = {}
-
-        def tell(pair: Pair, done: int, total: int) -> None:
-            if pair not in tasks:
-                tasks[pair] = bars.add_task(f"{pair.fast:,.0f} -> {pair.slow:,.0f}", total=total, note="")
-            bars.update(tasks[pair], completed=done + 1)
-
-        report = life.sleep(config, seconds=seconds, probes=texts, tell=tell)
-        event = life.at
-    if json:
-        print_json({"event": event, **_plain(report)})
-        return
-    print(report)
-
-
-def _plain(report: SleepReport) -> dict[str, Any]:
-    told = report._asdict() | {"pairs": [{**pair._asdict(), "kept": pair.kept} for pair in report.pairs]}
-    told["probes"] = {name: scores._asdict() for name, scores in report.probes.items()}
-    if report.dreamt is not None:
-        told["dreamt"] = report.dreamt._asdict() | {"rounds": [each._asdict() for each in report.dreamt.rounds]}
-    return told
 
 
 @app.command(name="history")

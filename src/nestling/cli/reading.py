@@ -1,15 +1,19 @@
 """nestling learn: a life reads, or a model's folder does."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from nestling.learner import (
     Guards,
+    Learned,
+    Learner,
     SavedModel,
     SavedStack,
     is_life,
@@ -20,11 +24,14 @@ from nestling.learner import (
     reader_of,
     save_life,
 )
+from nestling.learner.fold import Tell
 from nestling.learner.guards import Guard, GuardState
 from nestling.levels import Reader
+from nestling.sleep import Schedule, SleepConfig, SleepReport, by_hand
 from nestling.train import named_documents
 
 from .opening import opened
+from .resting import FULL, plain_report
 from .shared import BITS, app, console, print_json, progress
 
 FINITE = Guards(
@@ -39,6 +46,8 @@ def learn(
     *,
     source: str | None = None,
     again: bool = True,
+    sleep: Schedule = by_hand(),
+    full: Literal["refuse", "merge", "evict"] = "refuse",
     json: bool = False,
 ) -> None:
     """Let a life, or a model, read files or folders, learning as it reads.
@@ -47,7 +56,12 @@ def learn(
         directory: a life, from `nestling new`, or a model's folder, from `nestling train`.
         paths: files or folders of text; every file is one document.
         source: what all of it is called, to be forgotten together; if not given, each file is a source of its own.
-        again: read what a life has read before from the same source once more; --no-again passes over it.
+        again: read what a life has read before from the same source once more; --no-again passes over it, and goes on
+            with a document whose reading was cut short.
+        sleep: when a life sleeps as it reads: "after(8192)" (tokens), "at_ticks(at_least=512)",
+            "when_surprised(nats=0.3, at_least=4096)" or "when_slots_fill()". Each night costs at most a quarter of what
+            was read since the last.
+        full: at night, where no slot is free: leave the pair as it is, merge the two least used, lose the least used.
         json: print what was done as JSON.
     """
     if not paths:
@@ -55,31 +69,43 @@ def learn(
     documents = named_documents(paths)
     torch.set_flush_denormal(True)
     if is_life(directory):
-        _learn_life(directory, [(source or name, text) for name, text in documents], again, json)
+        nights = (sleep, SleepConfig(when_full=FULL[full]))
+        _learn_life(directory, [(source or name, text) for name, text in documents], again, nights, json)
         return
-    if source is not None or json or not again:
-        raise ValueError(f"{directory}: not a life: --source, --no-again and --json are for lives; see nestling new")
+    if source is not None or json or not again or sleep != by_hand():
+        raise ValueError(
+            f"{directory}: not a life: --source, --no-again, --sleep and --json are for lives; see nestling new"
+        )
     _learn_model(directory, documents, paths)
 
 
-def _learn_life(directory: Path, documents: list[tuple[str, bytes]], again: bool, as_json: bool) -> None:
+def _learn_life(
+    directory: Path,
+    documents: list[tuple[str, bytes]],
+    again: bool,
+    nights: tuple[Schedule, SleepConfig],
+    as_json: bool,
+) -> None:
     told: list[dict[str, Any]] = []
     passed: list[str] = []
+    slept: list[dict[str, Any]] = []
     with opened(directory) as life, progress() as bars:
         task = bars.add_task("learning", total=sum(len(text) for _, text in documents), note="")
         for source, text in documents:
-            if not again and life.has_read(text, source):
+            unread = text if again else life.unread(text, source)
+            if not again and not len(unread):
                 bars.update(task, advance=len(text))
                 passed.append(source)
                 continue
-            found = life.learn(text, source, tell=lambda n: bars.update(task, advance=n))
+            found, reports = _read(life, unread, source, nights, lambda n: bars.update(task, advance=n))
             bars.update(task, note=f"{found.nats * BITS:.3f} bits/token")
             told.append({"source": source, **found._asdict()})
+            slept += [plain_report(report) for report in reports]
             if found.quarantined:
                 console.print(f"[yellow]{source}: in quarantine; nestling release {directory} {source} trusts it[/]")
         tokens, event = sum(one["tokens"] for one in told), life.at
     if as_json:
-        print_json({"tokens": tokens, "event": event, "documents": told, "read_before": passed})
+        print_json({"tokens": tokens, "event": event, "documents": told, "read_before": passed, "nights": slept})
         return
     nats = sum(one["nats"] * one["tokens"] for one in told if one["tokens"]) / max(1, tokens)
     refused, held = sum(sum(one["refused"].values()) for one in told), sum(one["held"] for one in told)
@@ -90,6 +116,19 @@ def _learn_life(directory: Path, documents: list[tuple[str, bytes]], again: bool
             f"learned {tokens:,} tokens at {nats * BITS:.3f} bits/token, predicted before learned; "
             f"refused {refused} segments, held {held} ticks"
         )
+    if slept:
+        outcomes = Counter(pair["outcome"] for night in slept for pair in night["pairs"])
+        said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        print(f"slept {len(slept)} times; pairs of levels: {said}")
+
+
+def _read(
+    life: Learner, unread: bytes | Tensor, source: str, nights: tuple[Schedule, SleepConfig], tell: Tell
+) -> tuple[Learned, list[SleepReport]]:
+    schedule, config = nights
+    if schedule == by_hand():
+        return life.learn(unread, source, tell=tell), []
+    return life.live(unread, source, schedule, config, tell=tell)
 
 
 def open_reader(directory: Path, *, learning: bool) -> tuple[SavedModel | SavedStack, Any, Any]:

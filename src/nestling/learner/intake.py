@@ -1,6 +1,7 @@
 """What is given to a life to learn, as entries of its journal."""
 
-from collections.abc import Iterable, Mapping, Set
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -65,6 +66,35 @@ def entries_of(
         Entry(source, part, len(part) // width, ends and i == last, encoding, derived=derived)
         for i, part in enumerate(parts)
     ]
+
+
+def tokens_read(whole: Entry, path: Sequence[Event]) -> int:
+    """How much of a document a life has read from its source, however it was cut: all of it, or the beginning of one
+    that the path leaves open; else nothing."""
+    width, begun = len(whole.content) // whole.tokens, list[Event]()
+    for event in path:
+        if event.kind != "learn":
+            continue
+        if event.source != whole.source:
+            begun = []
+            continue
+        begun.append(event)
+        if event.ends:
+            if sum(e.tokens for e in begun) == whole.tokens and _begins(whole, begun, width):
+                return whole.tokens
+            begun = []
+    size = sum(event.tokens for event in begun)
+    return size if size < whole.tokens and _begins(whole, begun, width) else 0
+
+
+def _begins(whole: Entry, begun: Sequence[Event], width: int) -> bool:
+    """Whether a document begins with what some events read."""
+    at = 0
+    for event in begun:
+        part, at = whole.content[at : at + event.tokens * width], at + event.tokens * width
+        if hashlib.sha256(part).hexdigest() != event.blob:
+            return False
+    return True
 
 
 def read_back(content: bytes, event: Event, tokens: Tokens) -> Tensor:

@@ -287,6 +287,16 @@ class Journal:
         seal = "seal" if self.sealed else "''"
         return [row[:4] for row in self.ask(f"SELECT id, done, statistics, {seal} FROM events ORDER BY id")]
 
+    def day(self, event: int) -> list[tuple[Event, dict[str, Any]]]:
+        """The events on the way to an event since the last sleep, with what each has done."""
+        query = f"""WITH RECURSIVE day(id) AS (
+          SELECT id FROM events WHERE id = ? AND kind <> 'sleep' UNION ALL
+          SELECT e.id FROM day d JOIN events later ON later.id = d.id JOIN events e ON e.id = later.parent
+          WHERE e.kind <> 'sleep') SELECT {COLUMNS}, statistics FROM events WHERE id IN day ORDER BY id"""
+        late = {number: text for number, text, _ in self._pending}
+        found = [(_event(row[:-1]), row[-1]) for row in self.ask(query, event)]
+        return [(each, json.loads(late.get(each.id, text))) for each, text in found]
+
     def content(self, event: Event) -> bytes:
         """What an event read. Raises ValueError where it was pruned or is damaged."""
         if not event.blob:

@@ -12,15 +12,16 @@ What is acknowledged is in the journal before it is learned from. The state is a
 newest good snapshot and the events after it give it back.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from nestling.levels import LevelledModel, ReadingState
 from nestling.memory import known
-from nestling.sleep import SleepConfig, SleepReport
+from nestling.sleep import Pair, Schedule, SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from . import telling
@@ -31,8 +32,9 @@ from .event import BIRTH, Event
 from .fold import Done, LifeState, Tell, digest
 from .forgetting import Plan, plan_forgetting, scrub, take_out
 from .held import Held
-from .intake import Given, as_tokens, entries_of, pieces_of, read_back
+from .intake import Given, as_tokens, entries_of, pieces_of, read_back, tokens_read
 from .journal import Entry, Journal
+from .living import live
 from .recovery import way_back
 from .sleeping import SOURCE, default_night, fall_asleep, growing, night_key, score
 from .snapshot import Snapshot, check_free, events_by_name, list_snapshots, release_name
@@ -140,6 +142,27 @@ class Learner:
             piece = following
         return telling.summed(done, len(self.model.levels))
 
+    def live(
+        self,
+        given: Given | Iterable[Given],
+        source: str,
+        schedule: Schedule,
+        config: SleepConfig = SleepConfig(),
+        *,
+        share: float | None = 0.25,
+        ends: bool = True,
+        derived: int | None = None,
+        tell: Tell | None = None,
+        tell_sleep: SleepTell | None = None,
+    ) -> tuple[Learned, list[SleepReport]]:
+        """Learn a document as `learn` does, and sleep where a schedule says so: what was learned, and the nights. What
+        comes after a point at which the schedule is asked is journaled once that is done, and each sleep is an event
+        of its own. config: of the nights, each of which costs at most a share of what was learned since the last one
+        (in tokens; a life stays awake where that is too little); share=None: they are as the config says."""
+        told: dict[str, Any] = {"ends": ends, "derived": derived, "tell": tell, "tell_sleep": tell_sleep}
+        done, nights = live(self, given, source, schedule, config, share, **told)
+        return telling.summed(done, len(self.model.levels)), nights
+
     def accept(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Event]:
         """Journal a document without learning from it yet: when this returns it cannot be lost. `catch_up` learns."""
         self.held.writing()
@@ -147,20 +170,19 @@ class Learner:
             raise ValueError(f"source {SOURCE!r} is what a life's own sleeps are called; choose another name")
         if derived is not None and self.journal.chain_of(derived) is None:
             raise ValueError(f"derived must be an event of this life, or {BIRTH} for its birth, got {derived}")
-        return self.held.append(self._entries(given, source, ends=ends, derived=derived))
+        size = self.config.event_bytes
+        return self.held.append(entries_of(given, source, self.tokens, ends=ends, derived=derived, event_bytes=size))
 
     def catch_up(self, tell: Tell | None = None) -> list[Done]:
         """Learn what was journaled and not yet learned; what each event did."""
         return self.held.catch_up(tell)
 
-    def has_read(self, given: Given, source: str) -> bool:
-        """Whether a document was read from a source before, whole, on the life's path."""
-        blobs = {event.blob for event in self.journal.path_events(self.at) if event.source == source}
-        return all(hashlib.sha256(entry.content).hexdigest() in blobs for entry in self._entries(given, source))
-
-    def _entries(self, given: Given, source: str, *, ends: bool = True, derived: int | None = None) -> list[Entry]:
-        size = self.config.event_bytes
-        return entries_of(given, source, self.tokens, ends=ends, derived=derived, event_bytes=size)
+    def unread(self, given: Given, source: str) -> Tensor:
+        """The tokens of a document [n] that the life's path has not read from a source: none where it was read before,
+        the rest where its reading was cut short, else all."""
+        tokens = as_tokens(given, self.tokens)
+        (whole,) = entries_of(tokens, source, self.tokens, ends=True, derived=None, event_bytes=4 * tokens.numel())
+        return tokens[tokens_read(whole, self.journal.path_events(self.at)) :]
 
     def release(self, source: str) -> None:
         """Take a source out of quarantine, and trust it from now on: jumps of its are taken in."""
@@ -175,20 +197,21 @@ class Learner:
         config: SleepConfig | None = None,
         *,
         seconds: float | None = None,
+        only: Sequence[Pair] | None = None,
         probes: Mapping[str, Given] | None = None,
         tell: SleepTell | None = None,
     ) -> SleepReport:
         """Consolidate the fast levels into slots of the slower ones (see `nestling.sleep`): one event, journaled when
         it is finished, so that a sleep that is cut short has not been. config: `self.night()` by default. seconds: no
         longer than this, but for a step of seeding and the scores: a pair that is being seeded stops, one that is not
-        yet is left; what is finished stays, and where the clock cut is what is journaled. probes: texts by name, whose
-        nats a token are told before and after."""
+        yet is left; what is finished stays, and where the clock cut is what is journaled. only: some of the pairs.
+        probes: texts by name, whose nats a token are told before and after."""
         self.catch_up()
         model, key = growing(self.model), night_key(self.config.seed, self.held.ordinals[SOURCE])
         config = config or self.night()
         scores = {name: score(name, model, as_tokens(text, self.tokens)) for name, text in (probes or {}).items()}
         guard = self.fold.sleeping(self.state)
-        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard)
+        reading, report, night = fall_asleep(model, self.state.reading, config, key, seconds, scores, tell, guard, only)
         (event,) = self.held.append([Entry(SOURCE, night.write(), 0, ends=False, kind="sleep")])
         self.journal.record(event.id, {"report": str(report), "kept": [p.kept for p in report.pairs]}, 0)
         known = guard.state if guard else self.state.guard
@@ -198,7 +221,7 @@ class Learner:
     def night(self, config: SleepConfig = SleepConfig()) -> SleepConfig:
         """The default sleep: one of a kind that costs at most a quarter of what was learned since the last
         (`affordable`; in tokens, so that a replay is the same). Raises ValueError where that is too little for any."""
-        return default_night(growing(self.model), self.journal.path_events(self.at), config)
+        return default_night(growing(self.model), self.journal.day(self.at), config)
 
     # talking
 

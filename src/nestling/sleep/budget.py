@@ -23,7 +23,7 @@ def night_tokens(model: Growing, config: SleepConfig, chosen: Sequence[Pair] | N
     For sources whose dreams begin with one token, and without dreaming (`SleepConfig.dreaming`). Oracle: a model that
     counts (tests/test_budget.py).
     """
-    found = pairs(model.own) if chosen is None else chosen
+    found = pairs(model.own, context=config.context) if chosen is None else chosen
     return sum(_of_a_pair(model, config, pair) for pair in found)
 
 
@@ -42,7 +42,7 @@ def affordable(
     """
     if not share > 0:
         raise ValueError(f"share must be > 0, got {share}")
-    found = pairs(model.own) if chosen is None else chosen
+    found = pairs(model.own, context=config.context) if chosen is None else chosen
     if not found:
         return None
     each, widest = int(share * LEARNED * awake) // len(found), max(found, key=lambda p: len(levels_of(model, p.slow)))
@@ -79,11 +79,11 @@ def _dreams(model: Growing, config: SleepConfig, pair: Pair, tokens: int) -> int
 
 
 def _of_a_pair(model: Growing, config: SleepConfig, pair: Pair) -> int:
-    """Dreams are written once and read once for the teacher and once for every host in turn; what is held out is read
-    by both, for each of two students, after the warm start, after seeding, and with the slot masked."""
+    """Dreams are written once, and read by teacher and student for every host in turn; what is held out is read by
+    both, for each of two students, after the warm start, after seeding, and with the slot masked."""
     hosts, length = len(levels_of(model, pair.slow)), config.length + 1
     rehearsed = round(config.rehearsal * config.dreams)
-    fitted = (1 + hosts) * (config.dreams + rehearsed) if config.warm_start else 0
+    fitted = 2 * hosts * (config.dreams + rehearsed) if config.warm_start else 0
     ranked = {merge(): 2, refuse(): 0}.get(config.when_full, 1) * config.dreams  # to rank slots, and to merge them
     texts = config.dreams + rehearsed + fitted + ranked + 11 * config.held_out
     return texts * length + config.seeding.steps * _step(config.seeding, length) + 3

@@ -1,7 +1,7 @@
 """Dreams: what the teacher writes in its sleep, and what it is given to begin with."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +23,17 @@ class Dreams(NamedTuple):
 
     tokens: Tensor
     prompt: int
+
+
+ROWS = 16
+"""Dreams that are read at once: a sleep is to take no more memory than a step of training."""
+
+
+def few_by_few(dreams: Sequence[Dreams], rows: int = ROWS) -> Iterator[Dreams]:
+    """The same dreams, at most so many at a time."""
+    for part in dreams:
+        for tokens in part.tokens.split(rows):
+            yield Dreams(tokens, part.prompt)
 
 
 class Source(Part, family=True):

@@ -1,7 +1,7 @@
 """Pruning and compressing slots: how much each is used, the least used merged or let go, weights set to zero."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +14,11 @@ from nestling.levels.slots import opening, read_slots
 from nestling.memory.part import Part
 from nestling.memory.structure import Weights
 
-from .dreams import Dreams
+from .dreams import ROWS, Dreams, few_by_few
 from .grow import active, bank, change_banks, put_slot, replace_bank
 from .warm_start import RIDGE, lowered
+
+PIECE = 1024  # rows that are held in float64 at once
 
 
 @torch.no_grad()
@@ -26,9 +28,9 @@ def importance(
     """How much each slot says: the mean over dreams of gate * |its answer| / |the block's answer|, over all hosts; 0
     for slots that are not active."""
     total, count = torch.zeros(model.slots, dtype=torch.float64), 0
-    for part in dreams:
+    for texts in few_by_few(dreams):
         taps: list[Taps] = []
-        model(part.tokens, weights=weights, taps=taps)
+        model(texts.tokens, weights=weights, taps=taps)
         for host in hosts:
             found, h, answered = bank(model, weights, host), taps[host].inputs[0], taps[host].outputs[-1]
             said = torch.einsum("...d,srd,svr->...sv", h, found.down, found.up).norm(dim=-1) * opening(found, h)
@@ -78,24 +80,9 @@ def merge_slots(
     """
     pair = torch.tensor([first, second], device=found.gate.device)
     down, up, gates = (part[pair].double() for part in found[:3])
-    h = heard.double()
-    opened = torch.sigmoid(h @ gates[:, :-1].mT + gates[:, -1])  # [n, 2]
-    told = _answered(h, opened, down, up)
-    best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    for gate in (gates[0], gates[1], gates.mean(0), torch.zeros_like(gates[0])):
-        new = torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None]
-        shares = (opened * new).sum(0) / new.square().sum()  # [2]
-        folded = torch.einsum("e,evr,erd->dv", shares, up, down)
-        inputs = h * new
-        ridge = RIDGE * inputs.square().sum() / h.shape[1]
-        gram = inputs.mT @ inputs + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
-        full = folded + torch.linalg.solve(gram, inputs.mT @ (told - inputs @ folded))
-        low = lowered(inputs, full, found.down.shape[1])
-        left = float((told - inputs @ low[0].mT @ low[1].mT).square().sum())
-        if best is None or left < best[0]:
-            best = (left, *low, gate)
-    assert best is not None
-    new_slot = (best[1].to(found.down), best[2].to(found.up), best[3].to(found.gate))
+    both = _Both(down, up, gates, heard.split(PIECE))
+    best = min((both.under(gate) for gate in both.candidates()), key=lambda way: way.left)
+    new_slot = (best.down.to(found.down), best.up.to(found.up), best.gate.to(found.gate))
     none = (torch.zeros_like(new_slot[0]), torch.zeros_like(new_slot[1]), torch.zeros_like(new_slot[2]))
     merged = put_slot(put_slot(found, first, new_slot, 1.0), second, none, 0.0)
     only = torch.zeros_like(found.active)
@@ -105,9 +92,49 @@ def merge_slots(
     return merged, float((was - now).norm() / was.norm().clamp_min(1e-300))
 
 
-def _answered(h: Tensor, opened: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """What some slots answer together [n, v], open as far as `opened` [n, e]."""
-    return torch.einsum("nd,erd,evr,ne->nv", h, down, up, opened)
+class _Way(NamedTuple):
+    """One slot in the place of two, and the squares that it leaves."""
+
+    left: float
+    down: Tensor
+    up: Tensor
+    gate: Tensor
+
+
+class _Both(NamedTuple):
+    """Two slots (their maps and gates, stacked), and what they hear, some rows [n, d] at a time."""
+
+    down: Tensor
+    up: Tensor
+    gate: Tensor
+    heard: Sequence[Tensor]
+
+    def candidates(self) -> tuple[Tensor, ...]:
+        """Gates for the one: either's, their mean, an even one."""
+        return (self.gate[0], self.gate[1], self.gate.mean(0), torch.zeros_like(self.gate[0]))
+
+    def under(self, gate: Tensor) -> _Way:
+        """The slot with this gate that comes nearest to what both answer."""
+        both = torch.stack([(opened * new).sum(0) for _, opened, new, _ in self._rows(gate)]).sum(0)  # [2]
+        alone = torch.stack([new.square().sum() for _, _, new, _ in self._rows(gate)]).sum()
+        folded = torch.einsum("e,evr,erd->dv", both / alone, self.up, self.down)
+        gram, cross = folded.new_zeros(len(folded), len(folded)), torch.zeros_like(folded)
+        for h, _, new, told in self._rows(gate):
+            inputs = h * new
+            gram, cross = gram + inputs.mT @ inputs, cross + inputs.mT @ (told - inputs @ folded)
+        ridge = RIDGE * gram.trace() / len(gram)
+        full = folded + torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), cross)
+        down, up = lowered(gram, full, self.down.shape[1])
+        left = sum(float((told - h * new @ down.mT @ up.mT).square().sum()) for h, _, new, told in self._rows(gate))
+        return _Way(left, down, up, gate)
+
+    def _rows(self, gate: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Rows, how far both are open to them [n, 2] and a slot with this gate [n, 1], and what both answer [n, v]."""
+        for some in self.heard:
+            h = some.double()
+            opened = torch.sigmoid(h @ self.gate[:, :-1].mT + self.gate[:, -1])
+            new = torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None]
+            yield h, opened, new, torch.einsum("nd,erd,evr,ne->nv", h, self.down, self.up, opened)
 
 
 @torch.no_grad()
@@ -124,7 +151,7 @@ def merged(
     held: dict[int, list[Tensor]] = {host: [] for host in hosts}
     for part in dreams:
         for some, rows in ((learned, part.tokens[_kept_out(part, False)]), (held, part.tokens[_kept_out(part, True)])):
-            for texts in rows.split(64) if len(rows) else ():
+            for texts in rows.split(ROWS) if len(rows) else ():
                 taps: list[Taps] = []
                 model(texts, weights=weights, taps=taps)
                 for host in hosts:
@@ -273,9 +300,9 @@ def prune_slots(
         found = bank(model, weights, host)
         if dreams:
             heard = []
-            for part in dreams:
+            for texts in few_by_few(dreams):
                 taps: list[Taps] = []
-                model(part.tokens, weights=weights, taps=taps)
+                model(texts.tokens, weights=weights, taps=taps)
                 heard.append(taps[host].inputs[0].flatten(0, -2))
             h = torch.cat(heard)
             down = torch.stack([by_wanda(w, h, sparsity) for w in found.down])

@@ -46,7 +46,7 @@ class PairReport(NamedTuple):
 
     def __str__(self) -> str:
         """What is known: a pair that was not begun has no numbers."""
-        said = [f"{_period(self.fast)} -> {_period(self.slow)}: {self.outcome}"]
+        said = [f"{period_name(self.fast)} -> {period_name(self.slow)}: {self.outcome}"]
         if self.students:
             both = ", ".join(f"{name} {apart:.4f}" for name, apart in self.students.items())
             said.append(f"KL of a student before it is taught: {both}")
@@ -91,11 +91,12 @@ class SleepReport(NamedTuple):
         ]
         lines += [str(self.dreamt)] if self.dreamt else []
         spent = "" if math.isnan(self.seconds) else f" in {self.seconds:.1f} seconds"
-        held = ", ".join(f"{n} of {self.room} at {_period(period)}" for period, n in self.slots.items())
+        held = ", ".join(f"{n} of {self.room} at {period_name(period)}" for period, n in self.slots.items())
         return "\n".join(
             [*lines, f"slots: {held}; {self.tokens:,} tokens{spent}; {self.bytes_stored} bytes of wake text stored"]
         )
 
 
-def _period(period: float) -> str:
+def period_name(period: float) -> str:
+    """As people read it: tokens, or the context."""
     return "context" if period == 0 else f"{period:,.0f}"

@@ -14,7 +14,7 @@ from nestling.levels.reading import constant
 from nestling.memory.structure import Weights
 
 from .divergence import divergence
-from .dreams import Dreams, number, write_on
+from .dreams import Dreams, few_by_few, number, write_on
 from .grow import bank, put_slot, replace_bank
 from .imitation import Heard, Reward, advantages, imitation
 
@@ -272,15 +272,14 @@ def answers(
 
 
 @torch.no_grad()
-def distance(model: Growing, views: Views, dreams: Sequence[Dreams], *, beta: float = 0.0, rows: int = 64) -> float:
+def distance(model: Growing, views: Views, dreams: Sequence[Dreams], *, beta: float = 0.0) -> float:
     """The mean divergence of the student from the teacher over dreams, in nats a token; KL(T || S) by default."""
     total, count = 0.0, 0
-    for part in dreams:
-        for tokens in part.tokens.split(rows):
-            theirs = answers(model, views.teacher, tokens, views.teacher_state)[:, part.prompt - 1 : -1]
-            mine = answers(model, views.student, tokens, views.student_state)[:, part.prompt - 1 : -1]
-            found = divergence(theirs.double(), mine.double(), beta)
-            total, count = total + float(found.sum()), count + found.numel()
+    for tokens, prompt in few_by_few(dreams):
+        theirs = answers(model, views.teacher, tokens, views.teacher_state)[:, prompt - 1 : -1]
+        mine = answers(model, views.student, tokens, views.student_state)[:, prompt - 1 : -1]
+        found = divergence(theirs.double(), mine.double(), beta)
+        total, count = total + float(found.sum()), count + found.numel()
     return total / count if count else math.nan
 
 

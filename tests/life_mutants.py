@@ -161,8 +161,8 @@ LEARNER = (
     ("seals.py", '    write_fact(db, "history", before)\n', "", "tests/test_life_formats.py"),
     (
         "sleeping.py",
-        "night.config, night.key, steps=night.steps",
-        "night.config, night.key",
+        '"steps": night.steps, "only"',
+        '"only"',
         "tests/test_life_sleep.py",
     ),
     ("snapshot.py", "s.number not in newest | pinned and", "s.number not in newest and", "tests/test_conversations.py"),

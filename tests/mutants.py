@@ -68,7 +68,7 @@ MUTANTS = (
         "return added + _wide(step_size) * gradient.project(weight), state",
         "tests/test_rule.py",
     ),
-    Mutant("memory/rule.py", "tick = elapsed >= self.period", "tick = elapsed > self.period", "tests/test_rule.py"),
+    Mutant("memory/rule.py", "return state.elapsed >= (", "return state.elapsed > (", "tests/test_rule.py"),
     Mutant("memory/rule.py", "norms.input.cumsum(-1)", "norms.input", "tests/test_sequence.py"),
     Mutant("memory/retention.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_sequence.py"),
     Mutant("memory/structure.py", "x, x, value=-1.0)", "x, x, value=1.0)", "tests/test_fused.py"),

@@ -144,6 +144,16 @@ def test_laws(seed, size):
     torch.testing.assert_close(value_shift(bound).error(read, value), squared + bound * squared / norm(squared))
 
 
+def test_an_endless_bound_has_the_gradients_of_l2():
+    for bias in (huber_switch(math.inf), huber_norm(math.inf), huber_coordinates(math.inf)):
+        read, value = (normal(4, 3, seed=seed).requires_grad_() for seed in (1, 2))
+        found, expected = (
+            torch.autograd.grad(b.error(read, value).square().sum(), (read, value)) for b in (bias, l2())
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
 def norm(x: Tensor) -> Tensor:
     return x.norm(dim=-1, keepdim=True)
 

@@ -311,6 +311,23 @@ def test_under_autocast_a_memory_stays_in_float32(expression):
         assert not inner or tensor.dtype in (torch.float32, torch.int64, torch.bool), name
 
 
+@pytest.mark.parametrize("expression", [linear_mixer(chunk=4), caching(linear_mixer(chunk=4), segment=4)], ids=str)
+def test_a_recurrence_runs_outside_of_autocast(expression, monkeypatch):
+    layer, seen = make(expression).float(), []
+    streams = layer.streams if hasattr(layer, "streams") else layer.memory.streams
+    run = streams.run
+
+    def told(*given):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return run(*given)
+
+    monkeypatch.setattr(streams, "run", told)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(normal(1, 9, DIM).float())
+    assert seen
+    assert not any(seen)
+
+
 def test_empty_calls_change_nothing():
     for expression in MIXERS:
         layer = make(expression)

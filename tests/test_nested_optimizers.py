@@ -14,6 +14,7 @@ from nestling.memory import (
     adagrad,
     adam,
     add,
+    ascent,
     average,
     decay,
     delta_gradient_descent,
@@ -22,8 +23,10 @@ from nestling.memory import (
     joint_delta_gradient_descent,
     momentum,
     newton_schulz,
+    normalize,
     remember,
     retain,
+    ridge,
     scale,
     surprise,
 )
@@ -168,6 +171,34 @@ def test_delta_decays_along_the_input_alone(rule):
     size = float(x[0] @ x[0])
     same(stepped @ x[0], (1 - 0.7 * size / (1 + 0.7 * size)) * weight @ x[0])
     same(stepped @ across, weight @ across)
+
+
+def test_a_changed_gradient_brings_its_inputs_along():
+    """What normalises by the inputs does so behind a change of the gradient too."""
+    weight, pairs, gates = normal(3, 5), Pairs(normal(2, 3, seed=1), normal(2, 5, seed=2)), Gates(0.7)
+    plain = normalize()
+    expected, _ = plain.update(weight, pairs, plain.init(weight), gates)
+    for rule, factor in ((ridge(normalize(), 0.0), 1.0), (ascent(normalize()), -1.0)):
+        same(rule.update(weight, pairs, rule.init(weight), gates)[0], factor * expected)
+
+
+def test_what_counts_inputs_begins_anew_where_the_point_of_gradients_moves():
+    """A memory of gradients has moved after each of them; two directions side by side move together."""
+    gates, weight = Gates(0.7), normal(3, 5)
+    first, second = (Pairs(normal(2, 3, seed=seed), normal(2, 5, seed=seed + 5)) for seed in (1, 2))
+
+    def bounded(pairs: Pairs) -> Tensor:
+        return -pairs.error.T @ pairs.input * 0.7 / (1 + 0.7 * pairs.input.square().sum())
+
+    memory = remember(retain(decay(), normalize()))
+    one, state = memory.update(weight, first, memory.init(weight), gates)
+    two, _ = memory.update(weight, second, state, gates)
+    same(one, bounded(first))
+    same(two, bounded(first) + bounded(second))
+    both = add(normalize(), normalize(), share=0.5)
+    _, state = both.update(weight, first, both.init(weight), gates)
+    again, _ = both.update(weight, second, both.anchor(state), gates)
+    same(again, 1.5 * bounded(second))
 
 
 def test_momentum_is_a_memory_of_gradients():

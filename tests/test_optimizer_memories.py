@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nestling.memory import (
     Gates,
+    Summed,
     adagrad,
     adam,
     add,
@@ -187,3 +188,14 @@ def test_memory_learns_by_the_optimizer(family, tokens):
     for ours, theirs in zip(one, two, strict=True):
         ours, theirs = (torch.zeros(()) if g is None or not g.any() else g for g in (ours, theirs))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11 * max(1.0, float(theirs.abs().max())))
+
+
+def test_what_has_seen_no_gradient_has_no_endless_one():
+    """The root of a sum of squares has no derivative at zero, and an update of zero a finite one."""
+    weight, gradient = torch.ones(2, 3, dtype=F64), torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 0.5]], dtype=F64)
+    for rule in (adagrad(eps=0.01), adam(eps=0.01), rmsprop(eps=0.01)):
+        g = gradient.clone().requires_grad_()
+        update, _ = rule.update(weight, Summed(g), rule.init(weight), Gates())
+        (slope,) = torch.autograd.grad(update.sum(), g)
+        assert slope.isfinite().all()
+        torch.testing.assert_close(update == 0, gradient == 0)

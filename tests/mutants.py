@@ -93,7 +93,7 @@ MUTANTS = (
         "return added + _wide(step_size) * gradient.project(weight), state",
         "tests/test_rule.py",
     ),
-    Mutant("memory/rule.py", "tick = elapsed >= self.period", "tick = elapsed > self.period", "tests/test_rule.py"),
+    Mutant("memory/rule.py", "state.elapsed >= (self.period", "state.elapsed > (self.period", "tests/test_rule.py"),
     Mutant("memory/rule.py", "norms.input.cumsum(-1)", "norms.input", "tests/test_sequence.py"),
     Mutant("memory/retention.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_sequence.py"),
     Mutant("memory/structure.py", "(2.0 - squared) * (g * error)", "squared * (g * error)", "tests/test_fused.py"),

@@ -94,6 +94,26 @@ def test_a_fused_map_in_another_order_is_refused() -> None:
         assert not odd.back._forward_pre_hooks
 
 
+def test_asking_a_fused_map_leaves_training_as_it_is() -> None:
+    """Dropout is off while it is asked, and on again afterwards."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.bent, self.back = nn.Linear(4, 12), nn.SiLU(), nn.Linear(6, 4)
+            self.drop = nn.Dropout(0.9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            return self.back(self.drop(self.bent(gate) * up))
+
+    dropping = Dropping().train()
+    dropping.back.eval()
+    (found,) = find_feedforwards(nn.ModuleDict({"tower": nn.ModuleList([dropping])}))
+    assert [each.start for each in found.first] == [0, 6]
+    assert (dropping.training, dropping.drop.training, dropping.back.training) == (True, True, False)
+
+
 class Unheard(nn.Module):
     """A layer of no known class: an MLP as wide as its input, an activation that is a function, other names."""
 

@@ -172,9 +172,11 @@ def _first_neuron(holder: nn.Module, wide: nn.Module, back: nn.Module, width: in
         heard["neurons"] = given[0]
 
     handles = [wide.register_forward_hook(answer), back.register_forward_pre_hook(arrive)]
+    modes = [(module, module.training) for module in holder.modules()]
     like = wide.weight
     assert isinstance(like, Tensor)
     try:
+        holder.eval()  # dropout could hide it
         with torch.enable_grad():
             holder(like.new_ones(1, 1, width))
     except (TypeError, RuntimeError):
@@ -182,6 +184,8 @@ def _first_neuron(holder: nn.Module, wide: nn.Module, back: nn.Module, width: in
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes:
+            module.training = mode
     if "neurons" not in heard:
         return ()
     (found,) = torch.autograd.grad(heard["neurons"][..., 0].sum(), heard["rows"])

@@ -78,15 +78,26 @@ def test_a_snapshot_that_does_not_say_what_it_is(life: Learner, harm) -> None:
     assert verify_life(life.folder, replay=True).problems == []
 
 
-def test_a_conversation_that_cannot_be_read(life: Learner) -> None:
+@pytest.mark.parametrize("harmed", ["conversation.json", "sequence.safetensors"])
+def test_a_conversation_that_cannot_be_read(harmed: str, life: Learner) -> None:
     for name in ("good", "bad"):
         with life.conversation(name) as talk:
             talk.hear(as_tokens(SECRET, life.tokens))
     life.learn(text(2), "two")
     for generation in numbered(life.folder / "conversations" / "bad"):
-        (generation / "conversation.json").write_bytes((generation / "conversation.json").read_bytes()[:-3])
+        (generation / harmed).write_bytes((generation / harmed).read_bytes()[:-3])
     life.forget("two")
     assert conversations(life.folder) == ["good"]
+
+
+def test_what_moved_from_page_to_page(life: Learner) -> None:
+    """The journal's pages split as it grows; what they held before is wiped too, names of sources included."""
+    for number in range(24):
+        name = f"{SECRET.decode()} {number}" if number % 4 == 0 else f"letter {number}"
+        life.accept(b"ab", name + " from somebody with a very long name" * 5)
+    life.catch_up()
+    life.forget(*(source for source in life.sources() if source.startswith(SECRET.decode())))
+    assert traces(life.folder) == []
 
 
 def test_a_conversation_after_a_forget_is_on_the_levels_that_are(life: Learner) -> None:

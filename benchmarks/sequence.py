@@ -1,11 +1,11 @@
 """Tokens per second and peak memory of the mixers beside a Transformer block of the same width, in one run.
 
     python benchmarks/sequence.py [--repeats 7] [--out benchmarks/results]
-    python benchmarks/sequence.py --zoo [NAME ...] [--length 1024] [--long 16384]
+    python benchmarks/sequence.py --zoo [NAME ...] [--length 1024] [--lengths 1024 4096 16384 32768]
 
 Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians and
 ratios are reported. --zoo: every named model, or those given, in place of the blocks: forward + backward and peak
-memory, and the time at --long tokens over that at a quarter of them. Results go to files (sequence, zoo) that name the
+memory, and a second table of forward passes over --lengths tokens. Results go to files (sequence, zoo) that name the
 machine and the commit.
 """
 
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -30,15 +30,19 @@ from torch.nn import functional as F
 from nestling.levels import Continuum, Reader, level
 from nestling.memory import mlp
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import attention, self_modifying, sequence_memory
+from nestling.sequence import self_modifying, sequence_memory
 from nestling.sequence.zoo import zoo
 from nestling.tasks.record import write_result
 
 DIM, HEADS, BATCH, LENGTH, CHUNK = 256, 4, 4, 1024, 64
+LENGTHS = [1024, 4096, 16_384, 32_768]
 LEVELS = (
     level(128, structure=mlp(expansion=4, residual=False)),
     level(512, structure=mlp(expansion=4, residual=False)),
 )
+
+
+K = TypeVar("K")
 
 
 class TransformerBlock(nn.Module):
@@ -91,11 +95,11 @@ def both(block: nn.Module, x: Tensor) -> None:
 
 
 def interleaved(
-    cases: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    cases: dict[K, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[K, list[float]]:
     """Seconds of every case, one repeat of each in turn, after one to warm up. With one thread, `time.process_time` as
     the clock leaves out what other processes take."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[K, list[float]] = {name: [] for name in cases}
     for round_ in range(repeats + 1):
         for name, run in cases.items():
             began = clock()
@@ -246,18 +250,22 @@ def zoo_rows(names: list[str], repeats: int, length: int) -> dict[str, Any]:
     return rows
 
 
-def zoo_lengths(names: list[str], repeats: int, long: int) -> dict[str, float]:
-    """Time at length `long` over time at a quarter of it, forward, one row; of those whose state does not grow."""
+def zoo_lengths(names: list[str], repeats: int, lengths: list[int]) -> dict[str, Any]:
+    """Milliseconds of a forward pass of one row by length, and the time at each length over that at a quarter of it."""
     rows, generator = {}, torch.Generator().manual_seed(0)
-    whole = torch.randn(1, long, DIM, generator=generator)
-    part = whole[:, : long // 4]
+    whole = torch.randn(1, max(lengths), DIM, generator=generator)
     for name in names:
-        mixer = zoo[name].mixer
-        if isinstance(mixer, attention) and mixer.window is None:
-            continue
-        block = Mixed(mixer)
-        times = interleaved({"long": lambda: forward(block, whole), "short": lambda: forward(block, part)}, repeats)  # noqa: B023
-        rows[name] = round(statistics.median(a / b for a, b in zip(times["long"], times["short"], strict=True)), 3)
+        block = Mixed(zoo[name].mixer)
+        cases = {length: lambda block=block, x=whole[:, :length]: forward(block, x) for length in lengths}  # type: ignore[misc]
+        times = interleaved(cases, repeats)
+        rows[name] = {
+            "ms": {length: round(1e3 * statistics.median(own), 1) for length, own in times.items()},
+            "over_a_quarter": {
+                long: round(statistics.median(a / b for a, b in zip(own, times[long // 4], strict=True)), 3)
+                for long, own in times.items()
+                if long // 4 in times
+            },
+        }
     return rows
 
 
@@ -268,7 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--zoo", nargs="*", metavar="NAME")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens, of the zoo's first table")
-    parser.add_argument("--long", type=int, default=16 * 1024, help="tokens, of the zoo's second table")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens, of the zoo's second table")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
@@ -295,8 +303,7 @@ def measure_zoo(names: list[str], asked: argparse.Namespace) -> None:
         "repeats": asked.repeats,
         "threads": asked.threads,
         "models": zoo_rows(names, asked.repeats, asked.length),
-        "long": asked.long,
-        "time_long_over_quarter": zoo_lengths(names, max(1, asked.repeats // 3), asked.long),
+        "lengths": zoo_lengths(names, max(1, asked.repeats // 3), asked.lengths),
     }
     write_result(asked.out, "zoo", result)
     print(json.dumps(result, indent=2))

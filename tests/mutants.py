@@ -82,6 +82,9 @@ MUTANTS = (
         "tests/test_fused.py",
     ),
     Mutant("sequence/fused.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_fused.py"),
+    Mutant(
+        "sequence/scan.py", "if graph_only and self.structure.ends_plainly", "if graph_only", "tests/test_recompute.py"
+    ),
     Mutant("sequence/elementwise.py", "d_x[:, :back] += d_head[:, back:]", "pass", "tests/test_elementwise.py"),
     Mutant(
         "sequence/elementwise.py", "by_head, mean, value=-1.0", "by_head, mean, value=1.0", "tests/test_elementwise.py"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from nestling.memory import gradient_descent
+from nestling.memory import decay, gradient_descent, matrix, mlp, momentum, normed, retain
 from nestling.memory.state import flatten
 from nestling.sequence import self_modifying, sequence_memory
 from nestling.sequence.recompute import recompute
@@ -15,6 +15,10 @@ MIXERS = {
     "sequence_memory": lambda **how: sequence_memory(chunk=CHUNK, **how),
     "self_modifying": lambda **how: self_modifying(chunk=CHUNK, projection_chunk=CHUNK, **how),
     "self_modifying, two sizes": lambda **how: self_modifying(chunk=2 * CHUNK, projection_chunk=CHUNK, **how),
+    "normed": lambda **how: sequence_memory(normed(mlp(residual=False)), chunk=CHUNK, **how),
+    "matrix": lambda **how: sequence_memory(
+        matrix(), rule=retain(decay(), momentum()), chunk=CHUNK, gradient_at="token", **how
+    ),
     "recurrent": lambda **how: sequence_memory(chunk=CHUNK // 2, way="recurrent", **how),
     "stepped": lambda **how: sequence_memory(chunk=CHUNK, way="stepped", read="boundary", **how),
     "window": lambda **how: sequence_memory(rule=gradient_descent(), chunk=CHUNK, window=3, **how),
@@ -76,6 +80,24 @@ def test_second_gradients_are_the_same(mixer):
         found.append(torch.autograd.grad(sum(part.square().sum() for part in first), everything))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def _poison():
+    """What torch leaves uninitialised holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poison")
+@pytest.mark.parametrize("mixer", ["sequence_memory", "self_modifying", "normed", "matrix"])
+def test_no_gradient_looks_at_what_is_not_computed_again(mixer):
+    layer, x = build(mixer, checkpoint=True), tokens(CHUNK + 3)
+    y, state = layer(x)
+    loss = y.square().sum() + sum(part.sum() for part in flatten(state).values() if part.is_floating_point())
+    for grad in torch.autograd.grad(loss, [x, *layer.parameters()]):
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("mixer", ["sequence_memory", "self_modifying"])

@@ -26,13 +26,15 @@ class Structure(Part, family=True):
     in the autograd graph and can be checkpointed. Oracle: autograd (tests/test_structure.py).
     linear: one map of something that is made of the key without weights, W map_keys(k); it can be written a chunk at
     once at every token's own weights. bare: the value is the last map's output. residual: the key is added to it.
-    meets_keys: so many maps, the first ones, have the keys as their inputs.
+    meets_keys: so many maps, the first ones, have the keys as their inputs. ends_plainly: of what the last map gives
+    nothing is taken but a sum, so that no gradient asks for it.
     """
 
     linear: bool = False
     bare: bool = False
     residual: bool = False
     meets_keys: int = 1
+    ends_plainly: bool = False
 
     def map_keys(self, keys: Tensor) -> Tensor:
         """The inputs of the first map, for keys [..., n, k]."""
@@ -129,6 +131,7 @@ class matrix(Structure):
 
     linear = True
     bare = True
+    ends_plainly = True
 
     def shapes(self, key_dim: int, value_dim: int) -> tuple[tuple[int, int], ...]:
         return ((value_dim, key_dim),)
@@ -153,6 +156,7 @@ class mlp(Structure):
     expansion: float = 1.0
     residual: bool = True
     activation: Literal["gelu", "silu"] = "gelu"
+    ends_plainly = True
 
     def __post_init__(self) -> None:
         if self.depth < 2:
@@ -240,6 +244,7 @@ class gated_mlp(Structure):
     expansion: float = 1.0
     residual: bool = False
     meets_keys = 2
+    ends_plainly = True
 
     def __post_init__(self) -> None:
         if not self.expansion > 0:

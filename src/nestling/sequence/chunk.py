@@ -148,9 +148,19 @@ class MapChunk(NamedTuple):
     carry: Transfer
 
 
-def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: Tensor, slope: float = 0.0) -> MapChunk:
+def write(
+    plan: Plan,
+    carry: Transfer,
+    weight: Tensor,
+    inputs: Tensor,
+    errors: Tensor,
+    slope: float = 0.0,
+    *,
+    graph_only: bool = False,
+) -> MapChunk:
     """A chunk of writes with errors [..., c, out] taken at the chunk's anchor; or, with a slope, with errors
-    slope * W_{t-1} x_t + `errors`, at every token's own weights."""
+    slope * W_{t-1} x_t + `errors`, at every token's own weights. graph_only: `weight` and `buffer` of what it gives are
+    there for their gradients, and hold anything."""
     before = Before.of(weight, plan, inputs)
     stand, last = carry.before, carry.last
     erases = plan.erase is not None
@@ -161,6 +171,7 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
     eta = plan.write if plan.sight is None else plan.write * plan.sight
     after, buffer, writes, erased = Write.apply(
         slope,
+        graph_only,
         *before[:3],
         inputs,
         before.beside(errors * plan.write[..., None]),
@@ -173,13 +184,14 @@ def write(plan: Plan, carry: Transfer, weight: Tensor, inputs: Tensor, errors: T
     return MapChunk(before, before.maps(after), before.maps(buffer), inputs, writes, erased, carry)  # type: ignore[arg-type]
 
 
-def read(chunk: MapChunk, queries: Tensor, *, before: bool = False) -> Tensor:
-    """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write."""
+def read(chunk: MapChunk, queries: Tensor, *, before: bool = False, graph_only: bool = False) -> Tensor:
+    """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write.
+    graph_only: what it gives is there for its gradient, and holds anything."""
     stand = chunk.carry.before if before else chunk.carry.after
     assert stand is not None
     writes, erased, kept = chunk.writes, chunk.erased, stand.kept
     if erased is None or stand.written is stand.kept:
         writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]
     weight, start, buffer, _ = chunk.before
-    stood = (stand.start_kept, stand.start_read, stand.written, kept)
-    return chunk.before.apart(Look.apply(queries, weight, start, buffer, chunk.inputs, writes, erased, *stood))
+    maps, stood = (weight, start, buffer), (stand.start_kept, stand.start_read, stand.written, kept)
+    return chunk.before.apart(Look.apply(graph_only, queries, *maps, chunk.inputs, writes, erased, *stood))

@@ -100,12 +100,13 @@ class Look(Function):
 
     W, Z, S [..., out, in]: the weights before the chunk, the start, the momentum; X [..., c, in], w, e [..., c, out]:
     inputs, writes and erased; b, f [..., c], G, B [..., c, c]: the stand. Z with b, S with f, b (then 1), and e with B
-    may be None.
+    may be None. graph_only: it is only for gradients, and the answer may be anything.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        graph_only: bool,
         x: Tensor,
         weight: Tensor,
         start: Tensor | None,
@@ -119,6 +120,8 @@ class Look(Function):
         kept: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
+        if graph_only:
+            return x.new_empty(*weight.shape[:-2], x.shape[-2], weight.shape[-2])
         answer = _standing(weight, start, buffer, x, b, f)
         scores = x @ inputs.mT
         if erased is not None and kept is not None:
@@ -142,7 +145,7 @@ class Look(Function):
             d_kept = (across * scores).sum_to_size(kept.shape)
             d_scores = _plus(d_scores, across, kept)
         d_x, d_inputs = _add(d_x, d_scores, inputs, -1.0), _minus(d_scores.mT, x)
-        return d_x, d_weight, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
+        return None, d_x, d_weight, d_start, d_buffer, d_inputs, d_writes, d_erased, d_b, d_f, d_written, d_kept
 
 
 class Write(Function):
@@ -159,13 +162,14 @@ class Write(Function):
     W, Z, S [..., out, in]; X [..., c, in]; E [..., c, out]: what is written for certain; eta, beta, b, f,
     G', B', M [..., c]; b', f', m [...]; G, B [..., c, c] strictly lower triangular. slope is a number;
     eta goes with it. Z, S and its family, b with b' (then 1, and without Z), and beta with B and B' may be None.
-    Without beta and slope, r is not needed.
+    Without beta and slope, r is not needed. graph_only: it is only for gradients; W' and S' may be anything.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         slope: float,
+        graph_only: bool,
         weight: Tensor,
         start: Tensor | None,
         buffer: Tensor | None,
@@ -180,9 +184,7 @@ class Write(Function):
         b_end: Tensor | None,
         f_end: Tensor | None,
         m_end: Tensor | None,
-        written_end: Tensor,
-        kept_end: Tensor | None,
-        decayed: Tensor | None,
+        *ends: Tensor | None,
     ) -> Any:
         seen = erased = None
         writes = fixed
@@ -193,23 +195,17 @@ class Write(Function):
             seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
         if eta is not None and seen is not None:
             writes = torch.addcmul(fixed, seen, eta[..., None], value=slope)
-        change = writes * written_end[..., None]
-        if beta is not None and seen is not None and kept_end is not None:
+        if beta is not None and seen is not None:
             erased = seen * beta[..., None]
-            change.addcmul_(erased, kept_end[..., None])
-        after = _stood(weight, start, b_end)
-        after_buffer = None
-        if buffer is not None and f_end is not None:
-            after.addcmul_(buffer, f_end[..., None, None])
-        after = _add(after, change.mT, x, -1.0)
-        if buffer is not None and m_end is not None and decayed is not None:
-            change = torch.mul(writes, decayed[..., None], out=change)
-            after_buffer = _add(buffer * m_end[..., None, None], change.mT, x, -1.0)
+        if graph_only:
+            after, after_buffer = torch.empty_like(weight), None if buffer is None else torch.empty_like(buffer)
+        else:
+            after, after_buffer = _ended(weight, start, buffer, x, writes, erased, b_end, f_end, m_end, *ends)
         ctx.slope = slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept),
-            *(b_end, f_end, m_end, written_end, kept_end, decayed, seen),
+            *(b_end, f_end, m_end, *ends, seen),
         )
         return after, after_buffer, fixed.view_as(fixed) if writes is fixed else writes, erased
 
@@ -280,7 +276,7 @@ class Write(Function):
         elif start is not None:
             d_start = g - d_weight
         return (
-            *(None, d_weight, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
+            *(None, None, d_weight, d_start, d_buffer, d_x, d_fixed, d_eta, d_beta, d_b, d_f, d_written, d_kept),
             *(d_b_end, d_f_end, d_m_end, d_written_end, d_kept_end, d_decayed),
         )
 
@@ -300,6 +296,34 @@ def _stood(weight: Tensor, start: Tensor | None, b: Tensor | None) -> Tensor:
     if start is None or b is None:
         return weight * (1.0 if b is None else b[..., None, None])
     return torch.lerp(start, weight, b[..., None, None])
+
+
+def _ended(
+    weight: Tensor,
+    start: Tensor | None,
+    buffer: Tensor | None,
+    x: Tensor,
+    writes: Tensor,
+    erased: Tensor | None,
+    b_end: Tensor | None,
+    f_end: Tensor | None,
+    m_end: Tensor | None,
+    written_end: Tensor,
+    kept_end: Tensor | None,
+    decayed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """W' and S'."""
+    change = writes * written_end[..., None]
+    if erased is not None and kept_end is not None:
+        change.addcmul_(erased, kept_end[..., None])
+    after = _stood(weight, start, b_end)
+    if buffer is not None and f_end is not None:
+        after.addcmul_(buffer, f_end[..., None, None])
+    after = _add(after, change.mT, x, -1.0)
+    if buffer is None or m_end is None or decayed is None:
+        return after, None
+    change = torch.mul(writes, decayed[..., None], out=change)
+    return after, _add(buffer * m_end[..., None, None], change.mT, x, -1.0)
 
 
 def _standing(

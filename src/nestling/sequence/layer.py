@@ -147,7 +147,8 @@ class SequenceMemory(MixerModule):
 
     def step(self, piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
         """One piece: open the chunk where one opens, write, and read."""
-        y, after = self.memory.run(self.memory.open(states[0], piece.opens[0]), pairs, queries)
+        opened = self.memory.open(states[0], piece.opens[0])
+        y, after = self.memory.run(opened, pairs, queries, graph_only=piece.graph_only)
         return y, (after, *states[1:])
 
 

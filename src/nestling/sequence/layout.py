@@ -18,6 +18,7 @@ class Piece(NamedTuple):
     stop: int
     opens: tuple[bool | Tensor, ...]  # per chunk size: does a chunk open here (for which rows [b])
     reset: Tensor | None  # rows [b] that begin a new document here
+    graph_only: bool = False  # it is gone through again, for its gradients: what comes out may hold anything
 
 
 class Layout(NamedTuple):

@@ -176,10 +176,13 @@ class Memory:
         that run together)."""
         return self.structure.forward(plain(self.exposed(state.anchor, state)), x)[0]
 
-    def run(self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+    def run(
+        self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None, *, graph_only: bool = False
+    ) -> tuple[Tensor, MemoryState]:
         """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
 
-        Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state.
+        Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state. graph_only: they are
+        there for their gradients, and may hold anything.
         """
         if pairs.gates.by_channel:
             self._check_by_channel()
@@ -187,8 +190,9 @@ class Memory:
             raise ValueError(f"a bound for every token is for steps on one pair, not for window={self.window}")
         if pairs.map_steps is not None and self.way == "chunked":
             raise ValueError(f"a step size for every map has no chunked form for {self.rule}; use way='stepped'")
-        ways = {"chunked": self._chunked, "recurrent": self._recurrent, "stepped": self._stepped}
-        return ways[self.way](state, pairs, queries)
+        if self.way == "chunked":
+            return self._chunked(state, pairs, queries, graph_only)
+        return (self._recurrent if self.way == "recurrent" else self._stepped)(state, pairs, queries)
 
     def _check_by_channel(self) -> None:
         if not isinstance(self.structure, matrix) or not self.exact:
@@ -197,7 +201,9 @@ class Memory:
                 f"{self.structure} with gradient_at={self.gradient_at!r}"
             )
 
-    def _chunked(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+    def _chunked(
+        self, state: MemoryState, pairs: "Writes", queries: Tensor | None, graph_only: bool
+    ) -> tuple[Tensor, MemoryState]:
         if pairs.gates.by_channel:
             return self._by_channel(state, pairs, queries)
         recent = state.recent
@@ -205,13 +211,14 @@ class Memory:
             joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
             (maps, norms), recent = self._write_windows(state, pairs, joined), joined.after
         else:
-            maps, norms = self._write(state, pairs)
+            maps, norms = self._write(state, pairs, graph_only)
         y = pairs.values
         if queries is not None and self.read == "boundary":
             y = self.at_anchor(state, queries)
         elif queries is not None:
-            before = self.read == "before"
-            y = self.structure.forward(lambda i, x: chunks.read(maps[i], x, before=before), queries)[0]
+            last = len(maps) - 1 if graph_only and self.structure.ends_plainly else -1
+            read = partial(chunks.read, before=self.read == "before")
+            y = self.structure.forward(lambda i, x: read(maps[i], x, graph_only=i == last), queries)[0]
         rules = tuple(
             self.rule.close(rule_state, ChunkEnd(chunk.buffer, norm.sum(-1)))
             for rule_state, norm, chunk in zip(state.rule, norms, maps, strict=True)
@@ -249,7 +256,9 @@ class Memory:
         rule = self.rule.close(state.rule[0], ChunkEnd(None, norms.sum(-1)))
         return y, MemoryState(state.anchor, (weight,), (rule,))
 
-    def _write(self, state: MemoryState, pairs: "Writes") -> tuple[list[chunks.MapChunk], list[Tensor]]:
+    def _write(
+        self, state: MemoryState, pairs: "Writes", graph_only: bool
+    ) -> tuple[list[chunks.MapChunk], list[Tensor]]:
         """A chunk of writes to every linear map, and the squared norms [..., c] of each map's inputs."""
         if self.exact:
             x = self.structure.map_keys(pairs.keys)
@@ -259,7 +268,7 @@ class Memory:
             carry = self._carry(pairs, plan)
             target = self.attentional_bias.target(pairs.keys, pairs.values)
             fixed = self.attentional_bias.error(torch.zeros_like(target), target)
-            return [chunks.write(plan, carry, state.running[0], x, fixed, slope)], [norms]
+            return [chunks.write(plan, carry, state.running[0], x, fixed, slope, graph_only=graph_only)], [norms]
         inputs, errors = self._errors(self.exposed(state.anchor, state), pairs)
         shared = not self.rule.scales_buffer  # else what is read out may depend on each map's own inputs
         maps: list[chunks.MapChunk] = []
@@ -267,7 +276,7 @@ class Memory:
         for i, (weight, x, error) in enumerate(zip(state.running, inputs, errors, strict=True)):
             plan, norms = self._plan(pairs, x, error, state.rule[i])
             carry = maps[0].carry if i and shared else self._carry(pairs, plan)
-            maps.append(chunks.write(plan, carry, weight, x, error))
+            maps.append(chunks.write(plan, carry, weight, x, error, graph_only=graph_only))
             all_norms.append(norms)
         return maps, all_norms
 
@@ -463,11 +472,16 @@ def scan(
     writes and reads. Returns what was read, [b, h, s, v] by slot, and the states after the last piece.
 
     given: for every piece, the tensors that `step` needs, in tuples. checkpoint: each step is computed again for its
-    gradients, which then reach what is given, and nothing that `step` holds itself.
+    gradients, which then reach what is given, and nothing that `step` holds itself; its piece then says so.
     """
     reads = []
     if checkpoint and torch.is_grad_enabled():
-        step = partial(recompute, step)
+        plain = step
+
+        def again(piece: Piece, here: Any, states: States) -> tuple[Tensor, States]:
+            return plain(piece._replace(graph_only=True), here, states)
+
+        step = partial(recompute, step, again=again)
     for piece, here in zip(layout.pieces, given, strict=True):
         if piece.reset is not None:
             states = select(piece.reset, starts, states)

@@ -1,6 +1,7 @@
 """Self-modifying Titans: keys, values, step size and retention are memories too, and write their own targets."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -185,8 +186,9 @@ class SelfModifying(MixerModule):
                 bounded[piece.start] = (piece, near if present is None else near & present[:, None])
                 carry = main.transfer(known, gates) if present is None else None
                 pairs = Writes(k, v, gates, present, True, carry)
-                y, known = main.run(known, pairs, q)
-                written = (memory.run(state, pairs)[1] for memory, state in zip(generators, opened, strict=True))
+                run = partial(Memory.run, pairs=pairs, graph_only=piece.graph_only)
+                y, known = run(main, known, queries=q)
+                written = (run(memory, state)[1] for memory, state in zip(generators, opened, strict=True))
                 return y, (*written, known)
 
             y, memories = scan(

@@ -212,6 +212,7 @@ def test_slots_ask_and_the_day_is_what_was_learned_since_the_last_sleep(tmp_path
         assert [event.tokens for event, _ in day] == [4, 28, 50, 14, 33]
         assert all(done["tokens"] == event.tokens for event, done in day)
         assert life.journal.day(0) == []
+        assert life.verify(replay=True).problems == [], "of some pairs only"
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

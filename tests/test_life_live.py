@@ -28,6 +28,7 @@ from nestling.sleep import (
     by_hand,
     live,
     merge,
+    used,
     when_slots_fill,
     when_surprised,
 )
@@ -212,6 +213,24 @@ def test_slots_ask_and_the_day_is_what_was_learned_since_the_last_sleep(tmp_path
         assert [event.tokens for event, _ in day] == [4, 28, 50, 14, 33]
         assert all(done["tokens"] == event.tokens for event, done in day)
         assert life.journal.day(0) == []
+        assert life.verify(replay=True).problems == [], "of some pairs only"
+
+
+def test_however_long_it_lives_only_rows_of_its_journal_are_added(tmp_path: Path) -> None:
+    """Slots are merged, texts let go of: states stay as large, and an event leaves less than 600 bytes."""
+    keep, config = replace(KEEP, journal_tokens=60), replace(QUICK, when_full=merge())
+    with Learner.create(tmp_path / "life", model(2, 2), config=keep) as life:
+        sizes = []
+        for _ in range(3):
+            life.live((TEXT * 2)[:300], "fox", after(100), config, share=None)
+            life.journal.ask("PRAGMA wal_checkpoint(TRUNCATE)")
+            (text,) = life.journal.ask("SELECT SUM(LENGTH(content)) FROM blobs")[0]
+            told = life.status()["bytes"]
+            sizes.append((told["snapshots"], told["journal"], text, len(life.journal.path_ids(life.at))))
+            assert max(used(life.model, life.state.reading.levels.weights).values()) <= 2
+    assert max(s[0] for s in sizes[1:]) < 1.1 * min(s[0] for s in sizes[1:])
+    assert sizes[2][2] < 1.1 * sizes[1][2] + 100
+    assert sizes[2][1] - sizes[1][1] < 600 * (sizes[2][3] - sizes[1][3]) + 4096  # a page
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,7 @@ class Write(Function):
         b_end: Tensor | None,
         f_end: Tensor | None,
         m_end: Tensor | None,
-        *ends: Tensor | None,
+        *ends: Any,
     ) -> Any:
         seen = erased = None
         writes = fixed

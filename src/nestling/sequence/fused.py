@@ -184,10 +184,12 @@ class Write(Function):
         b_end: Tensor | None,
         f_end: Tensor | None,
         m_end: Tensor | None,
-        *ends: Any,
+        written_end: Tensor,
+        kept_end: Tensor | None,
+        decayed: Tensor | None,
     ) -> Any:
         seen = erased = None
-        writes = fixed
+        writes, ends = fixed, (b_end, f_end, m_end, written_end, kept_end, decayed)
         if eta is not None or beta is not None:
             known, scores = _standing(weight, start, buffer, x, b, f), x @ x.mT
             known = _add(known, scores * written, fixed, -1.0)
@@ -200,12 +202,12 @@ class Write(Function):
         if graph_only:
             after, after_buffer = torch.empty_like(weight), None if buffer is None else torch.empty_like(buffer)
         else:
-            after, after_buffer = _ended(weight, start, buffer, x, writes, erased, b_end, f_end, m_end, *ends)
+            after, after_buffer = _ended(weight, start, buffer, x, writes, erased, *ends)
         ctx.slope = slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *(weight, start, buffer, x, fixed, eta, beta, b, f, written, kept),
-            *(b_end, f_end, m_end, *ends, seen),
+            *(*ends, seen),
         )
         return after, after_buffer, fixed.view_as(fixed) if writes is fixed else writes, erased
 

@@ -298,7 +298,7 @@ MUTANTS = (
         "done.weights",
         "tests/test_sleep.py::TestSleep",
     ),
-    Mutant("sleep/bound.py", ">= self.seconds", "> self.seconds", "tests/test_life_sleep.py"),
+    Mutant("sleep/bound.py", ">= self.seconds", "> self.seconds", "tests/test_sleep_parts.py"),
     Mutant("sleep/grow.py", "masks[slot] = mask", "masks[slot] = 1.0", "tests/test_sleep_parts.py::TestCompressing"),
     Mutant("sleep/student.py", "new._replace(elapsed=old.elapsed)", "new", "tests/test_sleep.py::TestSleep"),
     Mutant(

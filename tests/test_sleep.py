@@ -44,7 +44,7 @@ from nestling.sleep import (
     within_budget,
 )
 from nestling.sleep.dreams import write_on
-from nestling.sleep.grow import activate, active, bank, first_free, levels_of, masked
+from nestling.sleep.grow import activate, active, bank, first_free, levels_of, masked, replace_bank
 from nestling.sleep.schedule import CONTEXT, Pair
 from nestling.sleep.seed import Rehearsal, answers, draw, objective
 
@@ -623,6 +623,10 @@ class TestPruning:
         said = importance(model, weights, hosts, dreams)
         assert said[0] > 5 * said[2] > 0
         assert said[1] == 0
+        shut = bank(model, weights, 1).gate.clone()
+        shut[0, -1] = -30.0
+        closed = replace_bank(model, weights, 1, bank(model, weights, 1)._replace(gate=shut))
+        assert importance(model, closed, [1], dreams)[0] < 1e-9 < importance(model, weights, [1], dreams)[0]
         one, done = within_budget(model, weights, hosts, 1, dreams)
         assert len(done) == 1
         assert done[0].startswith("merged slots 0 and 2, error ")

@@ -37,6 +37,7 @@ from nestling.sleep import (
     when_slots_fill,
     when_surprised,
 )
+from nestling.sleep.bound import Bound
 from nestling.sleep.imitation import advantages
 from nestling.sleep.prune import by_magnitude, by_wanda, merge_maps
 from nestling.sleep.schedule import CONTEXT, Moment
@@ -92,6 +93,10 @@ class TestSchedule:
 
     def test_the_context_is_faster_than_any_level(self) -> None:
         assert pairs(LEVELS, context=True) == (SLOW, FAST, Pair(CONTEXT, 1_000))
+
+
+def test_a_bound_is_passed_once_its_seconds_are() -> None:
+    assert [Bound(lambda now=now: now, 2.0, 1.0).passed() for now in (2.9, 3.0, 3.1)] == [False, True, True]
 
 
 class TestDivergence:

@@ -208,10 +208,10 @@ def test_a_truncated_gradient_covers_all_parameters() -> None:
 class outside_of_the_graph(sequence_memory, abstract=True):
     """Writes of which the outer loss sees nothing: the commonest fault of this field."""
 
-    def run(self, state: Any, pairs: Any, queries: Any = None) -> Any:
+    def run(self, state: Any, pairs: Any, queries: Any = None, **how: Any) -> Any:
         gates = Gates(*(gate.detach() for gate in pairs.gates))
         pairs = pairs._replace(keys=pairs.keys.detach(), values=pairs.values.detach(), gates=gates)
-        return super().run(state, pairs, queries)
+        return super().run(state, pairs, queries, **how)
 
 
 def test_keys_and_values_without_a_gradient_are_told_from_queries_with_one() -> None:

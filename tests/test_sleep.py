@@ -94,8 +94,8 @@ class Refuses:
     def takes(self, before, gradients, loss, tokens) -> bool:
         return False
 
-    def stands(self, before, after, squares):
-        return before
+    def moves(self, index, square) -> bool:
+        return False
 
 
 class TestGrowth:

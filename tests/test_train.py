@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kills import survive
-from nestling.learner import newest, read_generation, write_generation
+from nestling.learner import machine, newest, read_generation, write_generation
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig, preset
 from nestling.train import Stream, TrainConfig, Trainer, load_run, save_run
@@ -126,7 +126,7 @@ def test_resume_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = TrainConfig(steps=2, rows=2, length=24)
     trainer = Trainer(Decoder(TINY), config)
     trainer.run_step(stream(config))
-    monkeypatch.setattr("nestling.train.checkpoint.machine", lambda: {"threads": 64})
+    monkeypatch.setattr("nestling.train.checkpoint.machine", lambda: {**machine(), "threads": 64})
     save_run(tmp_path, trainer, {})
     assert load_run(tmp_path, Trainer(Decoder(TINY), config)) == [f"threads: 64 then, {torch.get_num_threads()} now"]
 

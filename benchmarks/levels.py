@@ -194,11 +194,8 @@ def floors(name: str) -> dict[str, float]:
     which both have, and norms are left out of both."""
     hidden = 8 * (len(PEERS) if name == "chain" else 1)  # two maps of four times the width, for each MLP
     head, unit = 256 / DIM, 12
-    forward, errors, gradients = (
-        4 + hidden + head,
-        hidden - 4 + head,
-        hidden,
-    )  # nothing asks for the first input's error
+    forward, gradients = 4 + hidden + head, hidden
+    errors = hidden - 4 + head  # nothing asks for that of the first input
     return {
         "beyond forward and backward": gradients / unit,
         "beyond reading": (errors + gradients) / unit,

@@ -43,10 +43,12 @@ def reads(layer: Any, x: torch.Tensor) -> torch.Tensor:
     found = []
     for row in range(len(x)):
         for head in range(2):
-            W = layer.start[0][head]
+            W = opened = layer.start[0][head]
+            total = torch.zeros_like(W)
             for t in range(x.shape[1]):
                 i = t % CHUNK + 1
-                opened, total = (W, torch.zeros_like(W)) if i == 1 else (opened, total)
+                if i == 1:
+                    opened, total = W, torch.zeros_like(W)
                 key, value = k[row, head, t], v[row, head, t]
                 total = total + sizes[row, t, head] * torch.outer(opened @ key - value, key)
                 W = opened - torch.exp(layer.gates.log_share[i - 1]) / i * total
@@ -117,7 +119,7 @@ def test_momentum_and_an_anchor(way):
     k, v, q = torch.randn(3, 10, 3, dtype=torch.float64, generator=generator)
     eta, m, a = torch.rand(3, 10, dtype=torch.float64, generator=generator)
     W, S, expected = torch.randn(3, 3, dtype=torch.float64, generator=generator), torch.zeros(3, 3).double(), []
-    start = W
+    start = opened = W
     for t in range(10):
         opened = W if t % CHUNK == 0 else opened
         S = m[t] * S - eta[t] * torch.outer(opened @ k[t] - v[t], k[t])

@@ -11,6 +11,7 @@ import pytest
 
 from nestling.levels import Reader
 from nestling.sleep import SeedConfig, SleepConfig
+from nestling.sleep.arms import extra_passes
 
 FOLDER = Path(__file__).parent.parent / "studies" / "sleep" / "first"
 
@@ -41,7 +42,8 @@ def life_of(learned: float, forgotten: float, arm: str = "none", run: int = 0) -
 
 
 def test_a_forgetting_matrix_with_and_without_sleep() -> None:
-    """Every body after every body, the first row at birth; two nights a body, and what they cost."""
+    """Every body after every body, the first row at birth; two nights a body, and what they cost: with sleep, without,
+    and without at equal compute, as many tokens being read again as a sleep reads and writes."""
     model = study.scaled(study.pretrained(SMALL, BODIES["english"] * 20, 0), 8.0)
     probes = {name: study._probe(model, text) for name, text in BODIES.items()}
     days = [(name, BODIES[name]) for name in ("reed", "heron")]
@@ -49,6 +51,9 @@ def test_a_forgetting_matrix_with_and_without_sleep() -> None:
         arm: study.live(model, study.arms(SMALL)[arm], days, probes, SMALL.night, "life")
         for arm in ("none", "sleep", "extra passes")
     }
+    compute, one_pass = (lives[arm]["tokens at rest"] for arm in ("sleep", "extra passes"))
+    again = extra_passes(-(-compute // one_pass), study.arms(SMALL)["extra passes"].tokens)
+    lives["equal compute"] = study.live(model, again, days, probes, SMALL.night, "life")
     birth = {name: probe(Reader(model).begin()) for name, probe in probes.items()}
     for life in lives.values():
         assert [set(row) for row in life["bits"]] == [set(BODIES)] * 3
@@ -58,7 +63,8 @@ def test_a_forgetting_matrix_with_and_without_sleep() -> None:
     assert len(lives["sleep"]["pairs"]) == 8
     assert lives["sleep"]["bytes stored"] == lives["none"]["tokens at rest"] == 0
     assert 0 < lives["extra passes"]["tokens at rest"] < lives["sleep"]["tokens at rest"]
-    assert len({life["bits"][2]["english"] for life in lives.values()}) == 3
+    assert compute <= lives["equal compute"]["tokens at rest"] < compute + one_pass
+    assert len({life["bits"][2]["english"] for life in lives.values()}) == 4
 
 
 def test_what_was_learned_and_forgotten() -> None:

@@ -135,7 +135,7 @@ def test_frozen_gradients_stay_where_they_were_frozen(way: Any) -> None:
     """W <- a W (I - b' k k^T) - b' (W_c k - v) k^T with W_c the weights on which the chunk opened."""
 
     def naive(q, k, v, b, m, log, s):
-        reads = []
+        reads, opened = [], s
         for t in range(len(q)):
             opened = s if t % 8 == 0 else opened
             step, kept = b[t] / (1 + b[t] * k[t] @ k[t]), log[t].exp() * s

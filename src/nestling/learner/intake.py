@@ -1,7 +1,7 @@
 """What is given to a life to learn, as entries of its journal."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ def pieces_of(given: object) -> Iterable[Any]:
     if isinstance(given, Iterable) and not isinstance(given, (Mapping, Set)):
         return given
     raise ValueError(_not_text(given))
+
+
+def with_last(given: object) -> Iterator[tuple[Any, bool]]:
+    """`pieces_of`, and of each whether it is the last."""
+    pieces = iter(pieces_of(given))
+    piece = next(pieces, None)
+    while piece is not None:
+        following = next(pieces, None)
+        yield piece, following is None
+        piece = following
 
 
 def as_tokens(given: object, tokens: Tokens) -> Tensor:

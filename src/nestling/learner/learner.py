@@ -32,7 +32,7 @@ from .event import BIRTH, Event
 from .fold import Done, LifeState, Tell, digest
 from .forgetting import Plan, plan_forgetting, scrub, take_out
 from .held import Held
-from .intake import Given, as_tokens, entries_of, pieces_of, read_back, tokens_read
+from .intake import Given, as_tokens, entries_of, read_back, tokens_read, with_last
 from .journal import Entry, Journal
 from .living import live
 from .recovery import way_back
@@ -132,14 +132,10 @@ class Learner:
         """Journal a document (or the pieces of one, as they come) and learn from it. ends=False: it goes on in the
         next call with the same source. derived: the event whose state wrote it, if the model did. Raises ValueError,
         with nothing of the piece journaled, for what is no text of this model."""
-        pieces = iter(pieces_of(given))
         done: list[Done] = []
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
-            self.accept(piece, source, ends=ends and following is None, derived=derived)
+        for piece, last in with_last(given):
+            self.accept(piece, source, ends=ends and last, derived=derived)
             done += self.catch_up(tell)
-            piece = following
         return telling.summed(done, len(self.model.levels))
 
     def live(

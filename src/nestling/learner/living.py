@@ -1,15 +1,13 @@
 """A life on disk that sleeps on a schedule: it reads up to where the schedule is to be asked, and sleeps if told to."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from nestling.sleep import Schedule, SleepConfig, SleepReport
 from nestling.sleep.night import Tell as SleepTell
 
 from .fold import Done, Tell
-from .intake import Given, as_tokens, pieces_of
+from .intake import Given, as_tokens, with_last
 from .sleeping import due_night, growing, learned
 
 if TYPE_CHECKING:
@@ -42,7 +40,8 @@ def live(
     life.catch_up(tell)
     if schedule.next(model.own, _position(life) - 1) == _position(life):
         ask()  # again, and to the same answer, unless it was cut short there
-    for tokens, last in _pieces(given, life):
+    for piece, last in with_last(given):
+        tokens = as_tokens(piece, life.tokens)
         while True:
             asked = schedule.next(model.own, _position(life))
             size = asked - _position(life)
@@ -54,16 +53,6 @@ def live(
             if not tokens.numel():
                 break
     return done, nights
-
-
-def _pieces(given: Given | Iterable[Given], life: "Learner") -> Iterator[tuple[Tensor, bool]]:
-    """The tokens of every piece, and whether it is the last."""
-    pieces = iter(pieces_of(given))
-    piece = next(pieces, None)
-    while piece is not None:
-        following = next(pieces, None)
-        yield as_tokens(piece, life.tokens), following is None
-        piece = following
 
 
 def _position(life: "Learner") -> int:

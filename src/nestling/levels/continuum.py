@@ -60,6 +60,16 @@ class Taps(NamedTuple):
         return [*mine, onward._replace(input=onward.input[..., self.neurons])]
 
 
+class Pass(NamedTuple):
+    """One forward pass of a block: what it was asked and what it answered [b, t, d], and what each of its maps received
+    and gave."""
+
+    keys: Tensor
+    read: Tensor
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
 class Level(Part, family=True):
     """One block of the continuum: a memory, with a rule and a period for all of it, or for each of its parts."""
 
@@ -84,16 +94,8 @@ class Level(Part, family=True):
         return "next-token loss"
 
     @abstractmethod
-    def taps(
-        self,
-        levels: Sequence[Weights],
-        keys: Tensor,
-        read: Tensor,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-    ) -> list[Taps]:
-        """Where each level's gradient is read off, given what the block was asked and answered [b, t, d], and what its
-        maps received and gave."""
+    def taps(self, levels: Sequence[Weights], seen: Pass) -> list[Taps]:
+        """Where each level's gradient is read off, after one forward pass of the block."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,15 +149,8 @@ class level(Level):
         (weights,) = levels
         return weights
 
-    def taps(
-        self,
-        levels: Sequence[Weights],
-        keys: Tensor,
-        read: Tensor,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-    ) -> list[Taps]:
-        return [Taps(inputs, outputs)]
+    def taps(self, levels: Sequence[Weights], seen: Pass) -> list[Taps]:
+        return [Taps(seen.inputs, seen.outputs)]
 
     @property
     def restarts(self) -> bool:
@@ -243,7 +238,7 @@ class Continuum(nn.Module):
                 mine, normed = _tap_only(mine, normed)
             read, inputs, outputs = block.structure.forward(plain(block.join(mine)), normed)
             if taps is not None:
-                taps.extend(block.taps(mine, normed, read, inputs, outputs))
+                taps.extend(block.taps(mine, Pass(normed, read, inputs, outputs)))
             for bank in slots[: len(block.levels)]:
                 read = read + read_slots(bank, normed)
             slots = slots[len(block.levels) :]

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.memory.attentional_bias import AttentionalBias, l2
+from nestling.memory.state import detach
 from nestling.memory.structure import Structure, Weights
 
-from .continuum import Level, Taps, level
+from .continuum import Level, Pass, Taps, level
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,18 +52,11 @@ class local(Level):
     def objective(self) -> str:
         return f"local: {self.attentional_bias}, the block's next input"
 
-    def taps(
-        self,
-        levels: Sequence[Weights],
-        keys: Tensor,
-        read: Tensor,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-    ) -> list[Taps]:
+    def taps(self, levels: Sequence[Weights], seen: Pass) -> list[Taps]:
         (weights,) = levels
         if not any(weight.requires_grad for weight in weights):  # else an outer gradient flows through the write
-            keys, read = keys.detach(), read.detach()
-            inputs, outputs = (tuple(x.detach() for x in given) for given in (inputs, outputs))
+            seen = detach(seen)
+        keys, read, inputs, outputs = seen
         bias, now = self.attentional_bias, slice(None, -1)
         error = bias.error(read[..., now, :], bias.target(keys[..., now, :], keys[..., 1:, :]))
         errors = self.structure.backward(weights, outputs, F.pad(error, (0, 0, 0, 1)))

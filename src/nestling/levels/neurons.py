@@ -12,7 +12,7 @@ from torch import Tensor
 from nestling.memory.rule import Rule, gradient_descent
 from nestling.memory.structure import Structure, Weights, mlp
 
-from .continuum import Level, Taps, level
+from .continuum import Level, Pass, Taps, level
 
 
 class _divided(Level, abstract=True):
@@ -30,15 +30,8 @@ class _divided(Level, abstract=True):
     def join(self, levels: Sequence[Weights]) -> Weights:
         return join_neurons(levels)
 
-    def taps(
-        self,
-        levels: Sequence[Weights],
-        keys: Tensor,
-        read: Tensor,
-        inputs: tuple[Tensor, ...],
-        outputs: tuple[Tensor, ...],
-    ) -> list[Taps]:
-        return share_taps(levels, inputs, outputs)
+    def taps(self, levels: Sequence[Weights], seen: Pass) -> list[Taps]:
+        return share_taps(levels, seen.inputs, seen.outputs)
 
     @property
     @abstractmethod

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """The same nested state with `function` applied to every tensor; None and () stay."""
+def map_tensors(function: Callable[..., Tensor], state: Any, *others: Any) -> Any:
+    """The same nested state with `function` applied to every tensor, and to those that stand in its place in the
+    others, alike in shape; None and () stay."""
     if isinstance(state, Tensor):
-        return function(state)
+        return function(state, *others)
     if isinstance(state, tuple):
-        mapped = [map_tensors(function, part) for part in state]
+        mapped = [map_tensors(function, *parts) for parts in zip(state, *others, strict=True)]
         return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
     return state
 
@@ -71,12 +72,11 @@ def difference(state: Any, other: Any) -> dict[str, float]:
 def select(where: Tensor, chosen: Any, other: Any) -> Any:
     """`chosen` where `where` is true and `other` elsewhere, by the leading dims that `where` has ([b]: row by row);
     both states alike in shape."""
-    if isinstance(chosen, Tensor):
-        return torch.where(where.view(*where.shape, *[1] * (chosen.dim() - where.dim())), chosen, other)
-    if isinstance(chosen, tuple):
-        picked = [select(where, a, b) for a, b in zip(chosen, other, strict=True)]
-        return type(chosen)(*picked) if hasattr(chosen, "_fields") else tuple(picked)
-    return chosen
+
+    def pick(one: Tensor, two: Tensor) -> Tensor:
+        return torch.where(where.view(*where.shape, *[1] * (one.dim() - where.dim())), one, two)
+
+    return map_tensors(pick, chosen, other)
 
 
 def flatten(state: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -343,7 +343,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         after, step = state, self._compiled(rule)
         for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
             rest = iter(before)
-            piece = map_tensors(lambda _, rest=rest: next(rest), state)  # type: ignore[misc]
+            piece = map_tensors(lambda _, rest=rest: next(rest), state)
             stepped, after = step(weight, Summed(total, None, group["tokens"]), piece, gates)
             for old, new in zip(before, _leaves(after), strict=True):
                 if new.dim() == 2:

@@ -99,7 +99,7 @@ class LinearCaching(MixerModule):
     def _close(self, running: _Running, opens: bool | Tensor) -> _Running:
         """The matrices on which a segment ended join the others in the rows in which the next one opens."""
         rows, segments = closed(running.segments, opens)
-        ended = _pairs(lambda old, new: torch.cat([old[:, 1:], new[:, None]], 1), running.cached, running.memory)
+        ended = map_tensors(lambda old, new: torch.cat([old[:, 1:], new[:, None]], 1), running.cached, running.memory)
         return select(rows, _Running(running.memory, ended, segments), running)
 
     def _piece(self, x: Tensor, parts: Given, held: Tensor | None, running: _Running) -> tuple[Tensor, _Running]:
@@ -123,9 +123,3 @@ class LinearCaching(MixerModule):
         kept = map_tensors(lambda slots: slots[:, self.slots - n :].flatten(0, 1), cached)
         found, _ = self.memory.run(self.memory.streams.quiet(wide), kept, None)
         return found.unflatten(0, (len(parts[0]), n))
-
-
-def _pairs(function: Any, one: Any, other: Any) -> Any:
-    if isinstance(one, Tensor):
-        return function(one, other)
-    return tuple(_pairs(function, a, b) for a, b in zip(one, other, strict=True))

@@ -115,26 +115,31 @@ class _Both(NamedTuple):
 
     def under(self, gate: Tensor) -> _Way:
         """The slot with this gate that comes nearest to what both answer."""
-        both = torch.stack([(opened * new).sum(0) for _, opened, new, _ in self._rows(gate)]).sum(0)  # [2]
-        alone = torch.stack([new.square().sum() for _, _, new, _ in self._rows(gate)]).sum()
+        both, alone = gate.new_zeros(2), gate.new_zeros(())
+        for _, opened, new in self._rows(gate):
+            both, alone = both + (opened * new).sum(0), alone + new.square().sum()
         folded = torch.einsum("e,evr,erd->dv", both / alone, self.up, self.down)
         gram, cross = folded.new_zeros(len(folded), len(folded)), torch.zeros_like(folded)
-        for h, _, new, told in self._rows(gate):
+        for h, opened, new in self._rows(gate):
             inputs = h * new
-            gram, cross = gram + inputs.mT @ inputs, cross + inputs.mT @ (told - inputs @ folded)
+            gram, cross = gram + inputs.mT @ inputs, cross + inputs.mT @ (self._told(h, opened) - inputs @ folded)
         ridge = RIDGE * gram.trace() / len(gram)
         full = folded + torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), cross)
         down, up = lowered(gram, full, self.down.shape[1])
-        left = sum(float((told - h * new @ down.mT @ up.mT).square().sum()) for h, _, new, told in self._rows(gate))
-        return _Way(left, down, up, gate)
+        missed = (self._told(h, opened) - h * new @ down.mT @ up.mT for h, opened, new in self._rows(gate))
+        return _Way(sum(float(rest.square().sum()) for rest in missed), down, up, gate)
 
-    def _rows(self, gate: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Rows, how far both are open to them [n, 2] and a slot with this gate [n, 1], and what both answer [n, v]."""
+    def _told(self, h: Tensor, opened: Tensor) -> Tensor:
+        """What both answer [n, v]."""
+        return torch.einsum("nd,erd,evr,ne->nv", h, self.down, self.up, opened)
+
+    def _rows(self, gate: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, and how far both are open to them [n, 2] and a slot with this gate [n, 1]."""
         for some in self.heard:
             h = some.double()
             opened = torch.sigmoid(h @ self.gate[:, :-1].mT + self.gate[:, -1])
             new = torch.sigmoid(h @ gate[:-1] + gate[-1])[:, None]
-            yield h, opened, new, torch.einsum("nd,erd,evr,ne->nv", h, self.down, self.up, opened)
+            yield h, opened, new
 
 
 @torch.no_grad()

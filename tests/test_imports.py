@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
 import nestling
 
 ROOMS = ["memory", "sequence", "optim", "levels", "models", "checks", "sleep", "learner", "train", "tasks", "cli"]
@@ -38,3 +42,10 @@ def test_import_does_no_work() -> None:
 def test_public_names_exist() -> None:
     for name in nestling.__all__:
         assert getattr(nestling, name) is not None
+
+
+def test_shapes_are_checked_in_the_tests() -> None:
+    """Of the functions that tell them: a hook over no module would check nothing, and nobody would see it."""
+    model = nestling.Decoder(nestling.ModelConfig(dim=8, heads=1, blocks=1), seed=0)
+    with pytest.raises(TypeCheckError, match="tokens"):
+        model(torch.zeros(1, 2, 3, dtype=torch.int64))

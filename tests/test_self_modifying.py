@@ -13,7 +13,8 @@ from nestling.memory.naive import Choices, naive_self_modifying
 from nestling.memory.retention import decay
 from nestling.memory.rule import momentum, normalize, retain
 from nestling.memory.structure import matrix, mlp, together
-from nestling.sequence import SelfModifying, self_modifying
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import SelfModifying, attention, bounded_steps, mal, self_modifying
 
 F64 = torch.float64
 DIM, HEADS, LENGTH = 8, 2, 20
@@ -212,6 +213,19 @@ def test_steps_at_their_bound_are_counted():
     assert layer(x, state, reset=reset, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 11 - 3)
     rows = torch.cat([valid, torch.ones_like(valid)])
     assert layer(x.repeat(2, 1, 1), valid=rows)[1].bounded.tolist() == [HEADS * (LENGTH - 3), HEADS * LENGTH]
+
+
+def test_steps_at_their_bound_are_added_up_over_a_model():
+    mixer = self_modifying(chunk=4, projection_chunk=4)
+    for around, counted in ((mixer, True), (mal(mixer, window=4), True), (attention(window=4), False)):
+        model = Decoder(ModelConfig(dim=8, heads=2, blocks=2, vocabulary=7, mixer=around))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("gate_bias"):
+                    parameter[:, 0] = 50.0
+            state = model(torch.zeros(3, 5, dtype=torch.int64))[1]
+        assert bounded_steps(state) == (3 * 5 * 2 * 2 if counted else 0)
+        assert bounded_steps(model.init_state(3)) == 0
 
 
 def test_at_its_bound_the_step_does_not_diverge():

@@ -1,5 +1,6 @@
 """Self-modifying Titans: output, final memories and every parameter's gradient against the naive oracle."""
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -113,6 +114,7 @@ def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
 
 def assert_near(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-10) -> None:
     atol = rtol * expected.abs().max().item()
+    found = found.to(expected.dtype)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
@@ -121,26 +123,28 @@ def test_the_layer_is_the_papers_equations(expression, changes):
     assert_is_the_oracle(*make(expression), changes)
 
 
-def assert_is_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> None:
-    """Output, final memories and the gradient of every parameter and of x."""
+def assert_is_the_oracle(
+    layer: SelfModifying, x: Tensor, changes: dict, dtype: torch.dtype = F64, rtol: float = 1e-10
+) -> None:
+    """Output, final memories and the gradient of every parameter and of x, of the layer in `dtype`."""
+    fast, given = copy.deepcopy(layer).to(dtype), x.to(dtype).detach().requires_grad_()
     x.requires_grad_()
-    y, state = layer(x)
+    y, state = fast(given)
     expected = by_the_oracle(layer, x, changes)
-    assert_near(y, expected.y, "output")
+    assert_near(y, expected.y, "output", rtol)
     outer, outer_expected = 0.0, 0.0
     generator = torch.Generator().manual_seed(5)
-    for i, (mine, theirs) in enumerate(zip(memories(layer, state), expected.weights, strict=True)):
+    for i, (mine, theirs) in enumerate(zip(memories(fast, state), expected.weights, strict=True)):
         for j, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            assert_near(a, b, f"map {j} of memory {i}")
+            assert_near(a, b, f"map {j} of memory {i}", rtol)
             weight = torch.randn(a.shape, dtype=F64, generator=generator)
             outer, outer_expected = outer + (weight * a).sum(), outer_expected + (weight * b).sum()
     weight = torch.randn(y.shape, dtype=F64, generator=generator)
-    named = {"x": x, **dict(layer.named_parameters())}
-    of = list(named.values())
-    found = torch.autograd.grad(outer + (weight * y).sum(), of)
-    wanted = torch.autograd.grad(outer_expected + (weight * expected.y).sum(), of)
-    for name, mine, theirs in zip(named, found, wanted, strict=True):
-        assert_near(mine, theirs, f"gradient of {name}")
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    found = torch.autograd.grad(outer + (weight * y).sum(), [given, *fast.parameters()])
+    wanted = torch.autograd.grad(outer_expected + (weight * expected.y).sum(), [x, *layer.parameters()])
+    for name, mine, theirs in zip(names, found, wanted, strict=True):
+        assert_near(mine, theirs, f"gradient of {name}", rtol)
 
 
 class Extreme(nn.Module):
@@ -154,7 +158,7 @@ class Extreme(nn.Module):
         offsets = torch.zeros(x.shape[1], self.rows, dtype=F64)
         for row in range(self.rows):
             offsets[3 + row :: 7, row], offsets[5 + row :: 7, row], offsets[13:15, row] = -1000.0, 1000.0, -1000.0
-        return self.of(x) + offsets
+        return self.of(x) + offsets.to(x.dtype)
 
 
 LONG = [  # with a length that ends inside of a chunk beyond the first
@@ -173,6 +177,13 @@ def test_at_other_chunk_sizes_with_gates_at_exactly_zero_and_one(expression, len
     layer, x = make(expression, dim=4, heads=1, length=length)
     layer.gates = Extreme(layer.gates, layer.gates.out_features)
     assert_is_the_oracle(layer, x, changes)
+
+
+def test_in_float32():
+    expression, length, changes = LONG[3]
+    layer, x = make(expression, dim=4, heads=1, length=length)
+    layer.gates = Extreme(layer.gates, layer.gates.out_features)
+    assert_is_the_oracle(layer, x, changes, torch.float32, 2e-5)
 
 
 def test_gates_made_by_memories_at_exactly_zero_and_one():

@@ -90,13 +90,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     runs = []
     for name in RETENTIONS:
-        for seed in range(asked.seeds):
+        for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
             runs.append(run(name, seed, asked.steps, asked.rows, asked.lr))
             print(json.dumps(runs[-1]), flush=True)
             train = {"steps": asked.steps, "rows": asked.rows, "length": LENGTH, "lr": asked.lr}

@@ -120,6 +120,15 @@ MUTANTS = (
         "pairs = Writes(k, v, gates, present, False, carry)",
         "tests/test_self_modifying.py",
     ),
+    Mutant(
+        "sequence/self_modifying.py", "int(state.bounded.sum())", "len(state.bounded)", "tests/test_self_modifying.py"
+    ),
+    Mutant(
+        "learner/fold.py",
+        "bounded = bounded_steps(reading.now) - bounded_steps(state.reading.now)",
+        "bounded = bounded_steps(reading.now)",
+        "tests/test_guards.py",
+    ),
     Mutant("sequence/gating.py", "else F.logsigmoid(retention),", "else -retention.sigmoid(),", "tests/test_gating.py"),
     Mutant(
         "memory/adaptive.py", "1.0 - self.share * count.clamp(max=1.0)", "1.0 - self.share", "tests/test_optim_torch.py"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lives import KEEP, MODEL, crash, same, text, trained
+from lives import CONFIG, KEEP, MODEL, crash, same, text, trained
+from nestling.cli import main
 from nestling.learner import Guards, Learner
 from nestling.learner.guards import Guard, GuardState, Record, Running
 from nestling.levels import LevelsState, Reader, initialization, level
@@ -17,6 +18,7 @@ from nestling.levels.reading import ReadingState
 from nestling.levels.writing import advance, nothing
 from nestling.memory.state import flatten
 from nestling.models import Decoder, ModelConfig
+from nestling.sequence import self_modifying
 
 STRICT = replace(KEEP, guards=Guards(surprise_jump=1.5, warm_segments=4, strikes=3))
 OFF = replace(KEEP, guards=Guards(surprise_jump=math.inf, level_jump=math.inf))
@@ -41,6 +43,23 @@ def test_clean_text_is_taken_in(life: Learner) -> None:
     assert (found.refused, found.held, found.quarantined) == ({}, 0, False)
 
 
+def test_steps_at_their_bound_are_told_by_source(tmp_path: Path, capfd) -> None:
+    """Documents are learned in events of 64 bytes, and count from their beginning."""
+    model = Decoder(replace(CONFIG, mixer=self_modifying(chunk=8, projection_chunk=8)), seed=1)
+    with Learner.create(tmp_path / "life", model, config=KEEP) as life:
+        assert life.learn(text(1), "gates as they begin").bounded == 0
+    with torch.no_grad():
+        model.blocks[0].mixer.gate_bias[:, 0] = 50.0
+    with Learner.create(tmp_path / "bounded", model, config=KEEP) as life:
+        assert [life.learn(text(number, size), "all").bounded for number, size in ((1, 90), (2, 30))] == [180, 60]
+        assert life.sources()["all"]["bounded"] == 240
+    main(["status", str(tmp_path / "bounded"), "--json"])
+    assert '"bounded": 240' in capfd.readouterr().out
+    (tmp_path / "text").write_bytes(text(3))
+    main(["learn", str(tmp_path / "bounded"), str(tmp_path / "text")])
+    assert "180 step sizes of memories came to their bound" in " ".join(capfd.readouterr().out.split())
+
+
 def test_garbage_is_refused_and_its_source_quarantined(life: Learner) -> None:
     before = life.evaluate([text(50)])[0]
     first = life.learn(garbage(1), "noise")
@@ -49,7 +68,7 @@ def test_garbage_is_refused_and_its_source_quarantined(life: Learner) -> None:
     assert abs(life.evaluate([text(50)])[0] - before) < 0.1
     levels = flatten(life.state.reading.levels)
     second = life.learn(garbage(2), "noise")
-    assert second == (0, second.nats, (0.0, 0.0), {}, 0, True)
+    assert second == (0, second.nats, (0.0, 0.0), {}, 0, True, 0)
     assert all(torch.equal(tensor, levels[name]) for name, tensor in flatten(life.state.reading.levels).items())
     assert life.sources()["noise"]["quarantined"]
     assert not life.learn(text(61), "clean").quarantined

@@ -1,5 +1,7 @@
 """checkpoint=True: the same numbers, from far fewer of them kept."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,9 +42,9 @@ def documents(length: int) -> dict[str, Tensor]:
     return {"reset": reset, "valid": valid}
 
 
-def kept(mixer: str, chunks: int, **how) -> int:
+def kept(layer: torch.nn.Module, chunks: int) -> int:
     """How many bytes the backward pass keeps over `chunks` chunks and a half."""
-    layer, x = build(mixer, **how), tokens(chunks * CHUNK + CHUNK // 2)
+    x = tokens(chunks * CHUNK + CHUNK // 2)
     found: dict[int, int] = {}
 
     def keep(saved: Tensor) -> Tensor:
@@ -128,6 +130,18 @@ def test_what_takes_no_part():
 
 @pytest.mark.parametrize(("mixer", "share"), [("sequence_memory", 0.5), ("self_modifying", 0.25)])
 def test_a_chunk_more_keeps_little_more(mixer, share):
-    plain = kept(mixer, 12) - kept(mixer, 6)
-    again = kept(mixer, 12, checkpoint=True) - kept(mixer, 6, checkpoint=True)
-    assert again < share * plain
+    plain, again = (build(mixer, checkpoint=checkpoint) for checkpoint in (False, True))
+    assert kept(again, 12) - kept(again, 6) < share * (kept(plain, 12) - kept(plain, 6))
+
+
+@pytest.mark.parametrize("mixer", [sequence_memory(chunk=CHUNK), self_modifying(chunk=CHUNK, projection_chunk=CHUNK)])
+def test_of_a_memory_a_chunk_more_keeps_where_it_stands_and_nothing_else(mixer):
+    """Weights and momentum at the edge: what a wider memory keeps more, beside what does not know how wide it is."""
+    growth, weights = [], []
+    for expansion in (1.0, 4.0):
+        wide = dataclasses.replace(mixer, structure=mlp(expansion=expansion), checkpoint=True)
+        layer = wide.build(DIM, 2, torch.Generator().manual_seed(0))
+        growth.append(kept(layer, 5) - kept(layer, 4))
+        state = flatten(layer.init_state(2))
+        weights.append(sum(part.nbytes for name, part in state.items() if ".running." in name))
+    assert growth[1] - growth[0] == 2 * (weights[1] - weights[0]) > 0

@@ -1,11 +1,12 @@
 """Self-modifying Titans: output, final memories and every parameter's gradient against the naive oracle."""
 
+import copy
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.memory.attentional_bias import dot, l2
@@ -13,7 +14,8 @@ from nestling.memory.naive import Choices, naive_self_modifying
 from nestling.memory.retention import decay
 from nestling.memory.rule import momentum, normalize, retain
 from nestling.memory.structure import matrix, mlp, together
-from nestling.sequence import SelfModifying, self_modifying
+from nestling.models import Decoder, ModelConfig
+from nestling.sequence import SelfModifying, attention, bounded_steps, mal, self_modifying
 
 F64 = torch.float64
 DIM, HEADS, LENGTH = 8, 2, 20
@@ -41,14 +43,16 @@ CASES = [
 ]
 
 
-def make(expression: self_modifying, seed: int = 0) -> tuple[SelfModifying, Tensor]:
+def make(
+    expression: self_modifying, seed: int = 0, *, dim: int = DIM, heads: int = HEADS, length: int = LENGTH
+) -> tuple[SelfModifying, Tensor]:
     """A layer none of whose parameters is at its neutral start, and its input [1, t, d]."""
     generator = torch.Generator().manual_seed(seed)
-    layer = expression.build(DIM, HEADS, generator).to(F64)
+    layer = expression.build(dim, heads, generator).to(F64)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, dtype=F64, generator=generator))
-    return layer, torch.randn(1, LENGTH, DIM, dtype=F64, generator=generator)
+    return layer, torch.randn(1, length, dim, dtype=F64, generator=generator)
 
 
 class Expected(NamedTuple):
@@ -59,17 +63,18 @@ class Expected(NamedTuple):
 
 def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
     choices = Choices(**{"residual": True, "decay_to": "start", "delta": True, "clip": 1.0, "dampened": True} | changes)
+    (_, length, dim), heads = x.shape, layer.heads
     mixed = F.pad(layer.mix(x), (0, 0, 3, 0))
-    mixed = F.silu(sum(mixed[:, shift : shift + LENGTH] * layer.convolution.weight[:, shift] for shift in range(4)))
-    streams = mixed.view(LENGTH, -1, HEADS, DIM // HEADS)
+    mixed = F.silu(sum(mixed[:, shift : shift + length] * layer.convolution.weight[:, shift] for shift in range(4)))
+    streams = mixed.view(length, -1, heads, dim // heads)
     streams = dict(zip(("u", *layer.projected), (streams / streams.norm(dim=-1, keepdim=True)).unbind(1), strict=True))
     gates = [name for name in ("step_size", "retention") if name not in layer.generated]
-    raw = dict(zip(("momentum", *gates), layer.gates(x)[0].view(LENGTH, -1, HEADS).unbind(1), strict=True))
+    raw = dict(zip(("momentum", *gates), layer.gates(x)[0].view(length, -1, heads).unbind(1), strict=True))
     kept = raw.pop("momentum").sigmoid()
     u, projected = streams.pop("u"), streams | raw
     queries = projected.pop("query", u)
     starts = dict(zip((*layer.generated, "main"), layer.starts, strict=True))
-    heads = [
+    runs = [
         naive_self_modifying(
             u[:, head],
             queries[:, head],
@@ -83,16 +88,16 @@ def by_the_oracle(layer: SelfModifying, x: Tensor, changes: dict) -> Expected:
             choices,
             {name: values[:, head] for name, values in projected.items()},
         )
-        for head in range(HEADS)
+        for head in range(heads)
     ]
-    reads = torch.stack([head.reads for head in heads], 1)  # [t, h, k]
+    reads = torch.stack([run.reads for run in runs], 1)  # [t, h, k]
     normed = reads / (reads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    joined = normed.reshape(1, LENGTH, DIM) * layer.output.norm * F.silu(layer.output.gate(x))
+    joined = normed.reshape(1, length, dim) * layer.output.norm * F.silu(layer.output.gate(x))
     weights = [
         [torch.stack(maps)[None] for maps in zip(*of, strict=True)]
-        for of in zip(*(h.weights.values() for h in heads), strict=True)
+        for of in zip(*(run.weights.values() for run in runs), strict=True)
     ]
-    step_sizes = torch.stack([head.step_sizes for head in heads]) / layer.step_bound
+    step_sizes = torch.stack([run.step_sizes for run in runs]) / layer.step_bound
     return Expected(layer.output.project(joined), weights, step_sizes)
 
 
@@ -109,30 +114,86 @@ def memories(layer: SelfModifying, state) -> list[list[Tensor]]:
 
 def assert_near(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-10) -> None:
     atol = rtol * expected.abs().max().item()
+    found = found.to(expected.dtype)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(("expression", "changes"), CASES, ids=[str(expression) for expression, _ in CASES])
 def test_the_layer_is_the_papers_equations(expression, changes):
-    layer, x = make(expression)
+    assert_is_the_oracle(*make(expression), changes)
+
+
+def assert_is_the_oracle(
+    layer: SelfModifying, x: Tensor, changes: dict, dtype: torch.dtype = F64, rtol: float = 1e-10
+) -> None:
+    """Output, final memories and the gradient of every parameter and of x, of the layer in `dtype`."""
+    fast, given = copy.deepcopy(layer).to(dtype), x.to(dtype).detach().requires_grad_()
     x.requires_grad_()
-    y, state = layer(x)
+    y, state = fast(given)
     expected = by_the_oracle(layer, x, changes)
-    assert_near(y, expected.y, "output")
+    assert_near(y, expected.y, "output", rtol)
     outer, outer_expected = 0.0, 0.0
     generator = torch.Generator().manual_seed(5)
-    for i, (mine, theirs) in enumerate(zip(memories(layer, state), expected.weights, strict=True)):
+    for i, (mine, theirs) in enumerate(zip(memories(fast, state), expected.weights, strict=True)):
         for j, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            assert_near(a, b, f"map {j} of memory {i}")
+            assert_near(a, b, f"map {j} of memory {i}", rtol)
             weight = torch.randn(a.shape, dtype=F64, generator=generator)
             outer, outer_expected = outer + (weight * a).sum(), outer_expected + (weight * b).sum()
     weight = torch.randn(y.shape, dtype=F64, generator=generator)
-    named = {"x": x, **dict(layer.named_parameters())}
-    of = list(named.values())
-    found = torch.autograd.grad(outer + (weight * y).sum(), of)
-    wanted = torch.autograd.grad(outer_expected + (weight * expected.y).sum(), of)
-    for name, mine, theirs in zip(named, found, wanted, strict=True):
-        assert_near(mine, theirs, f"gradient of {name}")
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    found = torch.autograd.grad(outer + (weight * y).sum(), [given, *fast.parameters()])
+    wanted = torch.autograd.grad(outer_expected + (weight * expected.y).sum(), [x, *layer.parameters()])
+    for name, mine, theirs in zip(names, found, wanted, strict=True):
+        assert_near(mine, theirs, f"gradient of {name}", rtol)
+
+
+class Extreme(nn.Module):
+    """Raw gates of which every third or so is so far out that its sigmoid is exactly 0 or 1."""
+
+    def __init__(self, of: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.of, self.rows = of, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = torch.zeros(x.shape[1], self.rows, dtype=F64)
+        for row in range(self.rows):
+            offsets[3 + row :: 7, row], offsets[5 + row :: 7, row], offsets[13:15, row] = -1000.0, 1000.0, -1000.0
+        return self.of(x) + offsets.to(x.dtype)
+
+
+LONG = [  # with a length that ends inside of a chunk beyond the first
+    (self_modifying(chunk=1, projection_chunk=1, generators=("key", "value")), 23, {}),
+    (self_modifying(chunk=16, projection_chunk=1, generators=("value",)), 23, {}),
+    (self_modifying(chunk=16, projection_chunk=64, generators=("key", "retention")), 70, {}),
+    (self_modifying(matrix(), chunk=64, projection_chunk=16, generators=("key", "value")), 70, {"residual": False}),
+    (self_modifying(matrix(), chunk=1, projection_chunk=64, generators=("value",)), 66, {"residual": False}),
+    (self_modifying(matrix(), chunk=256, projection_chunk=64, generators=("value",)), 258, {"residual": False}),
+    (self_modifying(chunk=64, projection_chunk=256, generators=("key",)), 258, {}),
+]
+
+
+@pytest.mark.parametrize(("expression", "length", "changes"), LONG, ids=[f"{e}, {length}" for e, length, _ in LONG])
+def test_at_other_chunk_sizes_with_gates_at_exactly_zero_and_one(expression, length, changes):
+    layer, x = make(expression, dim=4, heads=1, length=length)
+    layer.gates = Extreme(layer.gates, layer.gates.out_features)
+    assert_is_the_oracle(layer, x, changes)
+
+
+def test_in_float32():
+    expression, length, changes = LONG[3]
+    layer, x = make(expression, dim=4, heads=1, length=length)
+    layer.gates = Extreme(layer.gates, layer.gates.out_features)
+    assert_is_the_oracle(layer, x, changes, torch.float32, 2e-5)
+
+
+def test_gates_made_by_memories_at_exactly_zero_and_one():
+    layer, x = make(self_modifying(chunk=16, projection_chunk=16), dim=12, heads=3, length=18)
+    with torch.no_grad():
+        layer.gate_bias += torch.tensor([[1000.0, 1000.0], [-1000.0, 0.0], [0.0, -1000.0]])
+    step_sizes = by_the_oracle(layer, x, {}).step_sizes
+    assert (step_sizes[0] == 1).all()
+    assert (step_sizes[1] == 0).all()
+    assert_is_the_oracle(layer, x, {})
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4)])
@@ -163,6 +224,19 @@ def test_steps_at_their_bound_are_counted():
     assert layer(x, state, reset=reset, valid=valid)[1].bounded.item() == HEADS * (LENGTH - 11 - 3)
     rows = torch.cat([valid, torch.ones_like(valid)])
     assert layer(x.repeat(2, 1, 1), valid=rows)[1].bounded.tolist() == [HEADS * (LENGTH - 3), HEADS * LENGTH]
+
+
+def test_steps_at_their_bound_are_added_up_over_a_model():
+    mixer = self_modifying(chunk=4, projection_chunk=4)
+    for around, counted in ((mixer, True), (mal(mixer, window=4), True), (attention(window=4), False)):
+        model = Decoder(ModelConfig(dim=8, heads=2, blocks=2, vocabulary=7, mixer=around))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("gate_bias"):
+                    parameter[:, 0] = 50.0
+            state = model(torch.zeros(3, 5, dtype=torch.int64))[1]
+        assert bounded_steps(state) == (3 * 5 * 2 * 2 if counted else 0)
+        assert bounded_steps(model.init_state(3)) == 0
 
 
 def test_at_its_bound_the_step_does_not_diverge():

@@ -205,7 +205,7 @@ def test_a_memory_is_the_papers_equation(memory, length):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-@pytest.mark.parametrize("memory", [EXACT[7], FROZEN[5], FROZEN[7]], ids=named)
+@pytest.mark.parametrize("memory", [EXACT[7], FROZEN[2], FROZEN[5], FROZEN[7]], ids=named)
 def test_at_other_chunk_sizes(memory, chunk):
     memory = dataclasses.replace(memory, chunk=chunk)
     data = make(memory, 100)
@@ -253,7 +253,17 @@ def test_gradients_at_the_chunk_are_a_chunk_of_ones_only(memory):
 
 @pytest.mark.parametrize("memory", EXACT[3:] + FROZEN, ids=named)
 def test_gates_of_exactly_zero_and_one(memory):
-    data = make(memory, 40)
+    assert_same_at_extreme_gates(memory, 40)
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 256])
+@pytest.mark.parametrize("memory", [EXACT[7], FROZEN[2], FROZEN[7]], ids=named)
+def test_gates_of_exactly_zero_and_one_at_other_chunk_sizes(memory, chunk):
+    assert_same_at_extreme_gates(dataclasses.replace(memory, chunk=chunk), 40 if chunk == 1 else chunk + 6)
+
+
+def assert_same_at_extreme_gates(memory: Memory, length: int) -> None:
+    data = make(memory, length)
     with torch.no_grad():
         for part, gate in enumerate(data.gates):
             gate[..., 3 + part :: 7] = -torch.inf if part == 2 else 0.0

@@ -99,12 +99,19 @@ def status(directory: LifeFolder, *, now: bool = False, json: bool = False) -> N
 
 def _sources(sources: dict[str, dict[str, Any]], with_now: bool) -> Table:
     table = Table(
-        "source", "tokens", "bits/token when read", *(["now"] if with_now else []), "levels moved by", "refused", ""
+        "source",
+        "tokens",
+        "bits/token when read",
+        *(["now"] if with_now else []),
+        "levels moved by",
+        "refused, held",
+        "",
     )
     for name, about in sources.items():
         moved = " ".join(f"{value:.1e}" for value in about["moved"])
-        counts = about["refused"] | ({"ticks held": about["held"]} if about["held"] else {})
-        refused = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        more = {"ticks held": about["held"], "steps at their bound": about["bounded"]}
+        counts = about["refused"] | {name: count for name, count in more.items() if count}
+        refused = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         kept = "in quarantine" if about["quarantined"] else "trusted" if about["trusted"] else ""
         now = [f"{about['nats_now'] * BITS:.3f}" if "nats_now" in about else "pruned"] if with_now else []
         table.add_row(Text(name), f"{about['tokens']:,}", f"{about['nats'] * BITS:.3f}", *now, moved, refused, kept)

@@ -108,13 +108,15 @@ def _learn_life(
         print_json({"tokens": tokens, "event": event, "documents": told, "read_before": passed, "nights": slept})
         return
     nats = sum(one["nats"] * one["tokens"] for one in told if one["tokens"]) / max(1, tokens)
-    refused, held = sum(sum(one["refused"].values()) for one in told), sum(one["held"] for one in told)
+    refused = sum(sum(one["refused"].values()) for one in told)
+    held, bounded = (sum(one[name] for one in told) for name in ("held", "bounded"))
     if passed:
         print(f"passed over {len(passed)} documents that were read before")
     if tokens or not passed:
         print(
             f"learned {tokens:,} tokens at {nats * BITS:.3f} bits/token, predicted before learned; "
             f"refused {refused} segments, held {held} ticks"
+            + (f"; {bounded:,} step sizes of memories came to their bound" if bounded else "")
         )
     if slept:
         outcomes = Counter(pair["outcome"] for night in slept for pair in night["pairs"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nestling.levels import LevelledModel, Reader, ReadingState, ReadOut
 from nestling.memory.state import flatten
+from nestling.sequence import bounded_steps
 
 from .event import Event
 from .guards import Guard, Guards, GuardState
@@ -42,6 +43,7 @@ class Done(NamedTuple):
     refused: dict[str, int]  # segments, by reason
     held: int  # ticks that would have moved a level too far
     quarantined: bool
+    bounded: int = 0  # step sizes of memories within 1% of their bound; events that older code learned tell none
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,13 @@ class Fold:
             if tell is not None:
                 tell(part.numel())
         source: str | None = event.source
+        bounded = bounded_steps(reading.now) - bounded_steps(state.reading.now)
         if event.ends:
             reading, out = reader.end_document(reading)
             outs.append(out)
             source = None
-        return LifeState(reading, source, guard.state), self._done(tuple(outs), tokens.numel(), guard)
+        done = self._done(tuple(outs), tokens.numel(), guard, bounded=bounded)
+        return LifeState(reading, source, guard.state), done
 
     def sleeping(self, state: LifeState) -> Guard | None:
         """What judges the write of what is open before a sleep; None where no document is."""
@@ -104,7 +108,12 @@ class Fold:
         return LifeState(reading, None, guard.state), out
 
     def _done(
-        self, outs: tuple[ReadOut, ...], tokens: int = 0, guard: Guard | None = None, quarantined: bool = False
+        self,
+        outs: tuple[ReadOut, ...],
+        tokens: int = 0,
+        guard: Guard | None = None,
+        quarantined: bool = False,
+        bounded: int = 0,
     ) -> Done:
         nats = [out.nll[out.nll.isfinite()].double() for out in outs]
         moved = torch.zeros(len(self.model.levels), dtype=torch.float64)
@@ -119,6 +128,7 @@ class Fold:
             dict(refused),
             0 if guard is None else guard.held.total(),
             quarantined or (guard is not None and guard.state.record(guard.source).quarantined),
+            bounded,
         )
 
 

@@ -24,6 +24,7 @@ class Learned(NamedTuple):
     refused: dict[str, int]  # segments, by reason
     held: int  # ticks that would have moved a level too far
     quarantined: bool
+    bounded: int  # step sizes of memories, one a token, head and layer, that came within 1% of their bound
 
 
 def summed(done: Sequence[Done], levels: int) -> Learned:
@@ -39,6 +40,7 @@ def summed(done: Sequence[Done], levels: int) -> Learned:
         dict(refused),
         sum(one.held for one in done),
         any(one.quarantined for one in done),
+        sum(one.bounded for one in done),
     )
 
 
@@ -75,7 +77,7 @@ def talks(folder: Path) -> dict[str, dict[str, Any]]:
 
 def sources(journal: Journal, state: LifeState, event: int) -> dict[str, dict[str, Any]]:
     """Per source on the way to an event: tokens read, surprise when they were read (nats a token), how far each level
-    moved meanwhile, what the guards refused."""
+    moved meanwhile, what the guards refused, how many step sizes met their bound."""
     done: dict[str, list[Done]] = {}
     for found, statistics in journal.path_statistics(event):
         if found.kind == "learn":

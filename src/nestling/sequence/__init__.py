@@ -39,7 +39,7 @@ from .mixer import Mixer, MixerModule
 from .pair_gates import bound_gates, map_gates, unit_steps, window_gates
 from .preparation import Preparation, bare, silu, silu_unit, unit_keys
 from .scan import Memory, MemoryState
-from .self_modifying import SelfModifying, SelfModifyingState, self_modifying
+from .self_modifying import SelfModifying, SelfModifyingState, bounded_steps, self_modifying
 from .softmax import softmax_memory
 from .srwm import SelfReferential, SelfReferentialState, srwm
 from .streams import (
@@ -89,6 +89,7 @@ __all__ = [
     "bare",
     "beside",
     "bound_gates",
+    "bounded_steps",
     "caching",
     "comba",
     "comba_streams",

@@ -60,13 +60,22 @@ class self_modifying(Memory, Mixer):
 
 class SelfModifyingState(NamedTuple):
     """phase: tokens since the larger chunk opened [b]; memories: generators of vectors and of gates, side by
-    side, and main; bounded: how
-    many step sizes came within 1% of their bound, since the document's start [b]."""
+    side, and main; bounded: how many step sizes (one a token and head) came within 1% of their bound, since the
+    document's start [b]. `bounded_steps` adds them up over a model's layers."""
 
     phase: Tensor
     tail: Tensor
     memories: States
     bounded: Tensor
+
+
+def bounded_steps(state: Any) -> int:
+    """How many step sizes came within 1% of their bound since the document began, in all rows and all layers of a
+    sequence state; 0 where no layer has a bound that it counts. Many mean that the bound and not the gate decides how
+    much is written: see `self_modifying.step_bound`."""
+    if isinstance(state, SelfModifyingState):
+        return int(state.bounded.sum())
+    return sum(map(bounded_steps, state)) if isinstance(state, tuple) else 0
 
 
 class SelfModifying(MixerModule):

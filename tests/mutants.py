@@ -447,6 +447,12 @@ MUTANTS = (
     Mutant("sequence/segments.py", "segments.tokens > 0", "segments.tokens >= 0", "tests/test_caching.py"),
     Mutant("sequence/streams.py", "writing = (1, 3, 4)", "writing = (3, 4)", "tests/test_linear_caching.py"),
     Mutant("sequence/streams.py", "writing = (2,)", "writing = ()", "tests/test_linear_caching.py"),
+    Mutant(
+        "sequence/self_modifying.py",
+        "_bare(expression.gate_structure or expression.structure)",
+        "_bare(expression.structure)",
+        "tests/test_self_modifying.py",
+    ),
     Mutant("sequence/linear_caching.py", "y = own * y +", "y = y +", "tests/test_linear_caching.py"),
     Mutant("sequence/tnt.py", "gates, pairs.valid), queries)", "gates), queries)", "tests/test_layout.py"),
     Mutant(

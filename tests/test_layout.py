@@ -53,7 +53,7 @@ MIXERS = [
     sequence_memory(mlp(), l2(), every(3, delta), 4, way="recurrent"),
     self_modifying(chunk=4, projection_chunk=4),
     self_modifying(chunk=8, projection_chunk=4),
-    self_modifying(chunk=2, projection_chunk=4),
+    self_modifying(chunk=2, projection_chunk=4, gate_structure=matrix()),
     attention(window=5),
     attention(window=1, convolution=1),
     attention(window=5, persistent=2),

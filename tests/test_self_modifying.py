@@ -40,6 +40,8 @@ CASES = [
     (self_modifying(chunk=8, projection_chunk=4, generators=("value", "query", "retention"), step_bound=0.5), {}),
     (self_modifying(matrix(), chunk=8, projection_chunk=8, generators=("step_size",)), {"residual": False}),
     (self_modifying(chunk=4, projection_chunk=8, generators=("key",)), {}),
+    (self_modifying(chunk=8, projection_chunk=4, gate_structure=matrix()), {}),
+    (self_modifying(chunk=4, projection_chunk=4, gate_structure=mlp(depth=3, expansion=0.5)), {}),
 ]
 
 
@@ -258,6 +260,7 @@ def test_at_its_bound_the_step_does_not_diverge():
         (lambda: self_modifying(chunk=16, projection_chunk=24), "chunk 16 and projection_chunk 24: one must divide"),
         (lambda: self_modifying(projection_chunk=0), "projection_chunk 0"),
         (lambda: self_modifying(generators=()), "at least one of"),
+        (lambda: self_modifying(gate_structure="matrix"), "gate_structure must be a structure.*'matrix'"),  # type: ignore[arg-type]
         (lambda: self_modifying(generators=("key", "key")), "each once"),
         (lambda: self_modifying(generators=("keys",)), r"generators must name.*'keys'"),
         (lambda: self_modifying(step_bound=0.0), "step_bound must be > 0, got 0.0"),
@@ -268,3 +271,11 @@ def test_at_its_bound_the_step_does_not_diverge():
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_gates_of_a_structure_of_their_own() -> None:
+    """One map a gate, and nothing else is another: the same numbers of all other memories."""
+    deep, linear = (self_modifying(gate_structure=of).build(DIM, HEADS) for of in (None, matrix()))
+    shapes = [[tuple(maps.shape) for maps in start] for start in linear.starts]
+    assert shapes[2] == shapes[3] == [(HEADS, 1, DIM // HEADS)]
+    assert shapes[:2] + shapes[4:] == [[tuple(m.shape) for m in deep.starts[i]] for i in (0, 1, 4)]

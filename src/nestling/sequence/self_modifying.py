@@ -29,6 +29,8 @@ class self_modifying(Memory, Mixer):
     of "key", "value", "query", "step_size" and "retention"; the others are learned at the lowest frequency, as
     ordinary weights. step_bound: how far the step gate reaches, in units of the inverse of the largest eigenvalue
     expected of a chunk of random keys; frozen gradients diverge far above the default, chunks of one token do not.
+    gate_structure: of the memories that end in a gate, without residual; None: as of the others. A hidden layer for one
+    number takes a quarter of the layer's time, which matrix() spares (benchmarks/gates.py has what that costs).
     Source: Nested Learning equations 83 to 93. Oracle: `naive_layers.self_modifying`.
     """
 
@@ -36,6 +38,7 @@ class self_modifying(Memory, Mixer):
     convolution: int = 4
     generators: tuple[str, ...] = ("key", "value", "step_size", "retention")
     step_bound: float = 1.5
+    gate_structure: Structure | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +56,10 @@ class self_modifying(Memory, Mixer):
             raise ValueError(f"generators must name at least one of {PROJECTIONS}, each once, got {self.generators}")
         if not self.step_bound > 0:
             raise ValueError(f"step_bound must be > 0, got {self.step_bound}")
+        if not isinstance(self.gate_structure, Structure | None):
+            raise ValueError(
+                f"gate_structure must be a structure, such as matrix(), or None, got {self.gate_structure!r}"
+            )
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SelfModifying":
         return SelfModifying(dim, heads, self, generator)
@@ -106,7 +113,7 @@ class SelfModifying(MixerModule):
         check_width(dim, heads)
         self.heads, self.expression = heads, expression
         head_dim = dim // heads
-        bare = _bare(expression.structure)
+        bare, bare_gate = _bare(expression.structure), _bare(expression.gate_structure or expression.structure)
         self.generated = tuple(name for name in PROJECTIONS if name in expression.generators)
         self.projected = tuple(name for name in _VECTORS if name not in self.generated)
         gates = [name for name in PROJECTIONS[3:] if name not in self.generated]
@@ -118,7 +125,7 @@ class SelfModifying(MixerModule):
         self.memories = (
             *(
                 Memory(
-                    together(expression.structure if group is vectors else bare),
+                    together(expression.structure if group is vectors else bare_gate),
                     *shared,
                     expression.projection_chunk,
                     *how,
@@ -134,10 +141,10 @@ class SelfModifying(MixerModule):
         self.gates = linear((1 + len(gates)) * heads, dim, generator, bias=True, gain=0.3)  # momentum first
         self.value_scale = nn.Parameter(torch.ones(heads))
         self.gate_bias = nn.Parameter(torch.tensor([0.0, 5.0]).repeat(heads, 1))  # step size, retention
-        widths = [head_dim if name in vectors else 1 for name in self.generated]
+        ends = [(bare, head_dim) if name in vectors else (bare_gate, 1) for name in self.generated]
         self.starts = nn.ModuleList(
-            nn.ParameterList(bare.init(head_dim, width, (heads,), generator, unit_keys=True))
-            for width in (*widths, head_dim)
+            nn.ParameterList(structure.init(head_dim, width, (heads,), generator, unit_keys=True))
+            for structure, width in (*ends, (bare, head_dim))
         )
         self.output = Output(dim, heads, generator)
         largest = max(expression.chunk, expression.projection_chunk)

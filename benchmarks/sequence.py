@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.levels import Continuum, Reader, level
-from nestling.memory import mlp
+from nestling.memory import Structure, matrix, mlp
 from nestling.models import Decoder, ModelConfig
 from nestling.sequence import self_modifying, sequence_memory
 from nestling.sequence.zoo import zoo
@@ -64,9 +64,10 @@ class TransformerBlock(nn.Module):
 class Hope(nn.Module):
     """The Hope block: self-modifying mixer and two levels."""
 
-    def __init__(self, dim: int = DIM, heads: int = HEADS) -> None:
+    def __init__(self, dim: int = DIM, heads: int = HEADS, gate_structure: Structure | None = None) -> None:
         super().__init__()
-        self.mixer = self_modifying(chunk=CHUNK, projection_chunk=CHUNK).build(dim, heads)
+        mixer = self_modifying(chunk=CHUNK, projection_chunk=CHUNK, gate_structure=gate_structure)
+        self.mixer = mixer.build(dim, heads)
         self.continuum = Continuum(dim, LEVELS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,6 +137,10 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "titans mixer": lambda: Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK)),
     "self-modifying mixer": lambda: Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK)),
     "hope block": Hope,
+    "self-modifying mixer, linear gates": lambda: Mixed(
+        self_modifying(chunk=CHUNK, projection_chunk=CHUNK, gate_structure=matrix())
+    ),
+    "hope block, linear gates": lambda: Hope(gate_structure=matrix()),
 }
 RECOMPUTED: dict[str, Callable[[], nn.Module]] = {
     "titans mixer, recomputed": lambda: Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK, checkpoint=True)),

@@ -427,6 +427,18 @@ MUTANTS = (
         "enabled=True):\n            y, memory",
         "tests/test_layout.py",
     ),
+    *(
+        Mutant("sequence/kernels.py", old, new, "tests/test_kernels.py")
+        for old, new in (
+            ("start.float().mT.contiguous()", "start.float()"),
+            ("y.to(v.dtype), state.mT.contiguous()", "y.to(v.dtype), state"),
+            ("x.float().clamp(min=LEAST)", "x.float()"),
+            ('{"step_size": "beta", "log_retention": "g"}', '{"log_retention": "beta", "step_size": "g"}'),
+            ("if torch.is_grad_enabled():", "if False:"),
+            ("q.shape[-1] ** -0.5 if scale is None", "1.0 if scale is None"),
+        )
+    ),
+    Mutant("sequence/linear.py", "-p.to(q.dtype)", "p.to(q.dtype)", "tests/test_kernels.py"),
     Mutant("sequence/linear_mixer.py", "if held is not None:", "if False:", "tests/test_layout.py"),
     Mutant(
         "sequence/caching.py",

@@ -439,6 +439,15 @@ MUTANTS = (
         )
     ),
     Mutant("sequence/linear.py", "-p.to(q.dtype)", "p.to(q.dtype)", "tests/test_kernels.py"),
+    Mutant("sequence/self_caching.py", "torch.where(exists, found, 0.0)", "found", "tests/test_layout.py"),
+    *(
+        Mutant(f"sequence/{file}.py", old, new, "tests/test_self_caching.py")
+        for file, old, new in (
+            ("self_caching", "g[:, :, 0] * weight + (g", "weight + (g"),
+            ("srwm", "state.memory[..., : self.rows[0], :]", "state.memory[..., self.rows[0] : 2 * self.rows[0], :]"),
+            ("self_modifying", "torch.cat([y, q], -1) if asked", "torch.cat([y, k], -1) if asked"),
+        )
+    ),
     Mutant("sequence/linear_mixer.py", "if held is not None:", "if False:", "tests/test_layout.py"),
     Mutant(
         "sequence/caching.py",

@@ -187,8 +187,11 @@ def test_checkpointing_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("caching(attention())", r"of a sequence_memory\(\) or a linear_mixer\(\), not of attention\(\)"),
-        ("caching(linear_mixer(), read='soup')", r"averages the weights of a sequence_memory\(\), not of linear_mixer"),
+        ("caching(attention())", r"of a sequence_memory\(\), .* or srwm\(\), not of attention\(\)"),
+        ("caching(lstm())", r"read again with a query, and lstm\(\) has none"),
+        ("caching(linear_mixer(), read='soup')", r"averages the weights of a memory, not the matrices of linear_mixer"),
+        ("caching(self_modifying(read='before'), read='soup')", r"after a token's own write, not those of self_modif"),
+        ("caching(self_modifying(chunk=32, projection_chunk=8), segment=8)", "memory's chunk 32, got 8"),
         ("caching(segment=100)", "segment must be a multiple of the memory's chunk 64, got 100"),
         ("caching(read='all')", "read must be one of .*got 'all'"),
         ("caching(slots=0)", "slots must be at least 1, got 0"),

@@ -448,6 +448,13 @@ MUTANTS = (
             ("self_modifying", "torch.cat([y, q], -1) if asked", "torch.cat([y, k], -1) if asked"),
         )
     ),
+    Mutant("sequence/linear.py", "or not q.numel():", "or q.shape[1] == 0:", "tests/test_linear.py"),
+    Mutant(
+        "sequence/layout.py",
+        "if not len(phase):",
+        "if False:",
+        "tests/test_zoo.py::test_no_rows_or_no_tokens_change_nothing",
+    ),
     Mutant("sequence/linear_mixer.py", "if held is not None:", "if False:", "tests/test_layout.py"),
     Mutant(
         "sequence/caching.py",

@@ -66,7 +66,7 @@ def run_kernel(
     b, t, h, _ = q.shape
     start = v.new_zeros(b, h, v.shape[-1], q.shape[-1], dtype=torch.float32) if initial_state is None else initial_state
     if 0 in (b, t, h):  # no kernel starts on nothing
-        return torch.zeros_like(v), start.float()
+        return v.clone(), start.float()
     told = {"q": q, "k": k.to(q.dtype), "v": v.to(q.dtype), "initial_state": start.float().mT.contiguous()}
     for (name, theirs), x in zip(kernel.takes.items(), others, strict=True):
         told[theirs] = x.float().clamp(min=LEAST) if name == "log_retention" else x

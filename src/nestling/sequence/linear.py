@@ -114,7 +114,7 @@ def _recurrent(given: Given, before: bool) -> tuple[Tensor, Tensor]:
         if p is not None:
             state = state - seen[..., None] * x[:, t, :, None, :]
         reads.append(((standing if before else state) @ q[:, t, :, :, None])[..., 0])
-    return (torch.stack(reads, 1) if reads else torch.zeros_like(v)), state
+    return (torch.stack(reads, 1) if reads else v.clone()), state
 
 
 def _by_kernel(

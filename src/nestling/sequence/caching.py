@@ -32,8 +32,8 @@ class caching(Mixer):
     segment: tokens, a multiple of the memory's chunk where that is part of the model. slots: how many ends are kept;
     the oldest makes room, so that the state does not grow with the document. read: "residual", the sum of all; "gated",
     weighted by what the token asks for; "soup", the weights averaged, read once (not of a linear_mixer()); "sparse",
-    gated over the `top` best and the present. Source: 2602.24281. Oracles: `naive_blocks.gated_caching`,
-    tests/test_caching.py, tests/test_linear_caching.py, tests/test_self_caching.py.
+    gated over the `top` best and the present. Source: 2602.24281. Oracles: `naive_blocks.caching`,
+    tests/test_linear_caching.py, tests/test_self_caching.py.
     """
 
     memory: Mixer = sequence_memory()
@@ -111,7 +111,7 @@ class Caching(MixerModule):
     There is one gate a head: u_t and p_i are cut into heads. A segment goes on from the weights that the one before
     it ended on. Of the earlier segments the last `slots` are kept. "sparse" reads them all and drops the rest: what it
     saves is not time. "soup" averages a set of weights for every token, and is slow. x [b, t, d] -> [b, t, d].
-    Oracle: `naive_blocks.gated_caching`, tests/test_caching.py.
+    Oracle: `naive_blocks.caching`.
     """
 
     def __init__(

@@ -438,6 +438,16 @@ MUTANTS = (
             ("q.shape[-1] ** -0.5 if scale is None", "1.0 if scale is None"),
         )
     ),
+    Mutant("sequence/by_channel.py", " and (first or gates is None)", "", "tests/test_kernels.py"),
+    Mutant(
+        "sequence/by_channel.py", "plan.write * slope + plan.erase", "plan.write + plan.erase", "tests/test_kernels.py"
+    ),
+    Mutant(
+        "sequence/scan.py",
+        "if pairs.gates.by_channel else counted)",
+        "if pairs.gates.by_channel else 1.0)",
+        "tests/test_kernels.py",
+    ),
     Mutant("sequence/linear.py", "-p.to(q.dtype)", "p.to(q.dtype)", "tests/test_kernels.py"),
     Mutant("sequence/self_caching.py", "torch.where(exists, found, 0.0)", "found", "tests/test_layout.py"),
     *(

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestling.sequence import linear
+from nestling import zoo
+from nestling.memory import decay, delta_gradient_descent, dot, gradient_descent, matrix, momentum, parse, retain
+from nestling.memory.state import flatten
+from nestling.sequence import linear, sequence_memory
 from nestling.sequence.kernels import KERNELS
 from nestling.sequence.linear import linear_memory
 from test_linear import FAMILIES, draw, with_gradients
@@ -181,6 +185,77 @@ def test_nothing_is_read_from_nothing(package, monkeypatch, shape) -> None:
     y, state = linear.gated_delta_rule(q, k, v, *gates, initial_state=s, way="kernels")
     assert y.shape == v.shape
     assert torch.equal(state, s)
+
+
+LINEAR = ("linear_attention", "retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "longhorn")
+MIXED = ("hgrn2", "delta_product", "rwkv7", "comba")
+
+
+OTHERS = {  # which have no kernel of their own
+    "decay after": sequence_memory(matrix(), rule=retain(decay(), gradient_descent()), gradient_at="token"),
+    "dot, erased": sequence_memory(matrix(), dot(), delta_gradient_descent(), gradient_at="token"),
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *MIXED, *OTHERS])
+def test_layers_are_what_they_are_without(package, monkeypatch, name: str) -> None:
+    """In one piece, and with documents, padding and a state carried on."""
+    mixer = replace(OTHERS[name] if name in OTHERS else zoo[name].mixer, chunk=4)
+    layers = [replace(mixer, way=way).build(8, 2, torch.Generator().manual_seed(0)) for way in ("chunked", "kernels")]
+    x = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    reset = torch.zeros(2, 11, dtype=torch.bool)
+    reset[1, 5] = True
+    valid = torch.ones_like(reset)
+    valid[0, 8:] = False
+    found = []
+    for layer in layers:
+        y, state = layer(x)
+        z, after = layer(x, state, reset=reset, valid=valid)
+        loss = y.square().sum() + (z * valid[..., None]).square().sum()
+        memory = {name: part for name, part in flatten(after).items() if "memory" in name and "running" in name}
+        gradients = torch.autograd.grad(loss, [x, *layer.parameters()])
+        found.append([y, z * valid[..., None], *(memory or flatten(after.memory)).values(), *gradients])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("deltanet", "chunk_gated_delta_rule"),
+        ("kda", "chunk_kda"),
+        ("retnet", "chunk_simple_gla"),
+        ("gla", "chunk_gla"),
+    ],
+)
+def test_a_layer_calls_once_and_what_is_fastest(package, monkeypatch, name: str, kernel: str) -> None:
+    own, calls = getattr(package, kernel), []
+    monkeypatch.setattr(package, kernel, lambda *a, **told: (calls.append(kernel), own(*a, **told))[1])
+    mixer = replace(zoo[name].mixer, chunk=4, way="kernels")
+    mixer.build(8, 2, torch.Generator().manual_seed(0))(torch.randn(1, 11, 8))
+    assert calls == [kernel]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "sequence_memory(way='kernels')",
+            r"for matrix\(\) memories with .*, not for mlp\(\) with 'chunk', 'after' and 1",
+        ),
+        ("sequence_memory(matrix(), lp(), gradient_at='token', way='kernels')", r"which lp\(\) under .* is none of"),
+        ("linear_mixer(mesa_streams(), way='kernels')", r"mesa_streams\(\) solves a system at every token"),
+    ],
+)
+def test_models_without_kernels_say_so(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(text)
+
+
+def test_a_momentum_has_no_kernel(package) -> None:
+    mixer = sequence_memory(matrix(), rule=momentum(), gradient_at="token", way="kernels")
+    with pytest.raises(ValueError, match="way='kernels' has a chunked form without momentum"):
+        mixer.build(8, 2)(torch.randn(1, 3, 8))
 
 
 def test_what_cannot_be_is_said(monkeypatch, package) -> None:

@@ -436,6 +436,44 @@ MUTANTS = (
         "enabled=True):\n            y, memory",
         "tests/test_layout.py",
     ),
+    *(
+        Mutant("sequence/kernels.py", old, new, "tests/test_kernels.py")
+        for old, new in (
+            ("start.float().mT.contiguous()", "start.float()"),
+            ("y.to(v.dtype), state.mT.contiguous()", "y.to(v.dtype), state"),
+            ("x.float().clamp(min=LEAST)", "x.float()"),
+            ('{"step_size": "beta", "log_retention": "g"}', '{"log_retention": "beta", "step_size": "g"}'),
+            ("if torch.is_grad_enabled():", "if False:"),
+            ("q.shape[-1] ** -0.5 if scale is None", "1.0 if scale is None"),
+        )
+    ),
+    Mutant("sequence/by_channel.py", " and (first or gates is None)", "", "tests/test_kernels.py"),
+    Mutant(
+        "sequence/by_channel.py", "plan.write * slope + plan.erase", "plan.write + plan.erase", "tests/test_kernels.py"
+    ),
+    Mutant(
+        "sequence/scan.py",
+        "if pairs.gates.by_channel else counted)",
+        "if pairs.gates.by_channel else 1.0)",
+        "tests/test_kernels.py",
+    ),
+    Mutant("sequence/linear.py", "-p.to(q.dtype)", "p.to(q.dtype)", "tests/test_kernels.py"),
+    Mutant("sequence/self_caching.py", "torch.where(exists, found, 0.0)", "found", "tests/test_layout.py"),
+    *(
+        Mutant(f"sequence/{file}.py", old, new, "tests/test_self_caching.py")
+        for file, old, new in (
+            ("self_caching", "g[:, :, 0] * weight + (g", "weight + (g"),
+            ("srwm", "state.memory[..., : self.rows[0], :]", "state.memory[..., self.rows[0] : 2 * self.rows[0], :]"),
+            ("self_modifying", "torch.cat([y, q], -1) if asked", "torch.cat([y, k], -1) if asked"),
+        )
+    ),
+    Mutant("sequence/linear.py", "or not q.numel():", "or q.shape[1] == 0:", "tests/test_linear.py"),
+    Mutant(
+        "sequence/layout.py",
+        "if not len(phase):",
+        "if False:",
+        "tests/test_zoo.py::test_no_rows_or_no_tokens_change_nothing",
+    ),
     Mutant("sequence/linear_mixer.py", "if held is not None:", "if False:", "tests/test_layout.py"),
     Mutant(
         "sequence/caching.py",

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.naive import Choices, Maps, naive_memory
+from nestling.memory.naive import Choices
+from nestling.memory.state import flatten
 
 F64 = torch.float64
 EXACT = Choices(objective="l2", decay_to="zero")
@@ -50,43 +51,19 @@ def turned(x: Tensor, position: int) -> Tensor:
     return torch.cat([turn.real, turn.imag])
 
 
-def softmaxed(scores: list[Tensor], values: list[Tensor]) -> Tensor:
-    weights = [torch.exp(score) for score in scores]
-    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-
-
-class NaiveLayer:
-    """A `SequenceMemory` over one row x [t, d] by `memory.naive`: outputs [t, d], reads and weights of each head."""
-
-    def __init__(self, layer, choices: Choices, x: Tensor) -> None:
-        self.layer, self.heads = layer, layer.heads
-        projected: list[Tensor] = []
-        q, k, v, gates = [], [], [], []
-        for token in x:
-            projected.append(layer.qkv.weight @ token)
-            a, b, c = silu(convolved(layer.convolution.weight, projected)).view(3, self.heads, -1)
-            q.append(torch.stack([head / head.norm() for head in a]))
-            k.append(torch.stack([head / head.norm() for head in b]))
-            v.append(c)
-            gates.append((layer.gates.weight @ token + layer.gates.bias).view(3, self.heads).sigmoid())
-        self.q, self.k, self.v = (torch.stack(part) for part in (q, k, v))  # [t, h, k]
-        self.gates = torch.stack(gates)  # [t, 3, h]
-        self.runs = [self.run(choices, head, slice(0, len(x))) for head in range(self.heads)]
-        reads = torch.stack([run.reads for run in self.runs], 1)
-        self.outputs = torch.stack([self.output(read, token) for read, token in zip(reads, x, strict=True)])
-
-    def run(self, choices: Choices, head: int, at: slice, queries: Tensor | None = None):
-        start: Maps = tuple(weight[head] for weight in self.layer.start)
-        step, kept, retention = self.gates[at, :, head].unbind(1)
-        asked = self.q[at, head] if queries is None else queries
-        step = self.layer.step_bound * step
-        return naive_memory(choices, start, self.k[at, head], self.v[at, head], asked, step, kept, retention.log())
-
-    def output(self, reads: Tensor, token: Tensor) -> Tensor:
-        """Heads' reads [h, k] and the layer's input [d] -> [d]."""
-        out = self.layer.output
-        merged = torch.cat([normed(read) for read in reads]) * out.norm
-        return out.project.weight @ (merged * silu(out.gate.weight @ token))
+def assert_is(oracle, layer, expression, x: Tensor, heads: int) -> None:
+    """One row x [t, d] through the layer and through its oracle (`sequence.naive_blocks`): outputs, what is remembered
+    after it, and the gradients of x and of every parameter."""
+    y, state = layer(x[None])
+    expected, kept = oracle(expression, dict(layer.named_parameters()), x, heads)
+    torch.testing.assert_close(y[0], expected, rtol=1e-10, atol=1e-10)
+    told = flatten(state)
+    assert kept
+    for name, tensor in kept.items():
+        torch.testing.assert_close(
+            told[name][0], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert_same(gradients(y[0], layer, x), gradients(expected, layer, x))
 
 
 def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

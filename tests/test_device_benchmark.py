@@ -7,7 +7,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-TINY = ["--batch", "1", "--length", "64", "--width", "16", "--heads", "2", "--repeats", "1"]
+TINY = ["--batch", "1", "--length", "64", "--width", "16", "--heads", "2", "--repeats", "1", "--lengths", "8"]
 
 
 @pytest.fixture
@@ -29,6 +29,11 @@ def test_every_block_is_timed_and_its_products_counted(main, tmp_path):
     linear = 6 * 64 * 12 * 16**2
     assert linear - 2 * 64 * 3 * 16**2 <= rows["transformer block"]["operations"] < 1.5 * linear
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    (family,) = json.loads(file.read_text())["linear family, forward+backward"].values()
+    assert len(family) == 14
+    assert all(row["ms"] > 0 for name, row in family.items() if name.endswith("chunked"))
+    for name in (name for name in family if name.endswith("kernels")):  # says why not, where there is no card
+        assert "on a GPU, got some on a CPU" in family[name]
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line(main, tmp_path):

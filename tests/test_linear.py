@@ -181,6 +181,26 @@ def test_chunked_is_recurrent_is_naive(family: str) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("way", ["chunked", "recurrent"])
+@pytest.mark.parametrize(("rows", "t"), [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("family", [*FAMILIES, "mesa"])
+def test_no_rows_or_no_tokens_are_answered_with_nothing(family, rows, t, way) -> None:
+    drawn = {
+        name: x[:rows] if x.shape[0] == B and name not in ("rate", "d", "ridge") else x for name, x in draw(t).items()
+    }
+    names = ("q", "k", "v", "b", "log", "ridge") if family == "mesa" else FAMILIES[family][0]
+    given = [drawn[name].requires_grad_() for name in names]
+    if family == "mesa":
+        y, (state, inner) = mesa(*given, initial_state=(drawn["s"], drawn["inner"]))
+        assert torch.equal(inner, drawn["inner"])
+    else:
+        y, state = FAMILIES[family][1](*given, initial_state=drawn["s"], way=way)
+    assert y.shape == (rows, t, H, V)
+    assert torch.equal(state, drawn["s"])
+    gradients = torch.autograd.grad(y.sum(), given, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("t", [1, 7, 63])
 def test_mesa_is_a_direct_solve(t: int) -> None:
     drawn = draw(t)

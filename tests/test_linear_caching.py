@@ -16,6 +16,7 @@ from nestling.sequence import (
     hgrn2_streams,
     linear_mixer,
     mesa_streams,
+    naive_blocks,
     naive_layers,
     rwkv7_streams,
 )
@@ -42,8 +43,9 @@ def heads(x: Tensor) -> Tensor:
 class Naive:
     """One row x [t, d]: the recurrence's oracle runs again to every token and to every segment's end."""
 
-    def __init__(self, name: str, layer, x: Tensor) -> None:
-        self.name, self.layer, self.x, self.p = name, layer, x, dict(layer.memory.named_parameters())
+    def __init__(self, name: str, layer, mixer: caching, x: Tensor) -> None:
+        self.name, self.layer, self.mixer, self.x = name, layer, mixer, x
+        self.p = dict(layer.memory.named_parameters())
         run = getattr(naive_layers, name)
         self.states = [run(self.p, x[: t + 1], HEADS)[1] for t in range(len(x))]
         projected = [self.p["project.weight"] @ token for token in x]
@@ -83,21 +85,15 @@ class Naive:
         return (self.p["streams.bonus"][head] * q * key).sum() * v
 
     def joined(self, t: int) -> Tensor:
-        layer, stops = self.layer, [stop for stop in range(SEGMENT, t + 1, SEGMENT)][-self.layer.slots :]
         each = []
         for head in range(HEADS):
             now = self.read(t, t, head) + self.bonus(t, head)
-            if layer.asks is None:
+            if self.mixer.read == "residual":
+                stops = list(range(SEGMENT, t + 1, SEGMENT))[-self.mixer.slots :]
                 each.append(now + sum(self.read(t, stop - 1, head) for stop in stops))
                 continue
-            asked = heads(layer.asks.weight @ self.x[t])[head]
-            pools = {stop: heads(self.x[stop - SEGMENT : stop].mean(0))[head] @ asked / 2 for stop in stops}
-            if layer.top is not None:
-                pools = dict(sorted(pools.items(), key=lambda pair: pair[1].detach())[-layer.top :])
-            own = heads(self.x[t // SEGMENT * SEGMENT : t + 1].mean(0))[head] @ asked / 2
-            total = own.exp() + sum(score.exp() for score in pools.values())
-            old = sum(score.exp() / total * self.read(t, stop - 1, head) for stop, score in pools.items())
-            each.append(own.exp() / total * now + old)
+            gates = naive_blocks.segment_gates(self.mixer, self.layer.asks.weight, self.x, t, head, HEADS)
+            each.append(sum(g * (self.read(t, stop - 1, head) if stop else now) for stop, g in gates.items()))
         return torch.stack(each)
 
 
@@ -108,10 +104,11 @@ CASES += [("delta_product", "residual", 15), ("rwkv7", "residual", 10), ("mesa",
 @pytest.mark.parametrize(("name", "read", "length"), CASES)
 def test_reads_are_those_of_the_definition(name: str, read: str, length: int) -> None:
     memory = linear_mixer(STREAMS[name], chunk=3, convolution=2)
-    layer = build(caching(memory, segment=SEGMENT, read=read, slots=2, top=1))
+    mixer = caching(memory, segment=SEGMENT, read=read, slots=2, top=1)
+    layer = build(mixer)
     x = normal(length, DIM, seed=length).requires_grad_()
     y, state = layer(x[None])
-    naive = Naive(name, layer, x)
+    naive = Naive(name, layer, mixer, x)
     torch.testing.assert_close(y[0], naive.outputs, rtol=1e-8, atol=1e-8)
     kept = [stop for stop in range(SEGMENT, length, SEGMENT)][-2:]
     assert int(state.segments.exists.sum()) == len(kept)

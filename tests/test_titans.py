@@ -3,29 +3,13 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nestling.memory import decay, elastic_net_ftrl, kl, l2, lq, matrix, mlp, momentum, parse, retain, sigmoid
 from nestling.memory.structure import plain
-from nestling.sequence import Mixer, attention, mac, mag, mal, self_modifying, sequence_memory
-from oracles import (
-    DEEP,
-    EXACT,
-    F64,
-    NaiveLayer,
-    assert_same,
-    convolved,
-    gradients,
-    moved,
-    normal,
-    normed,
-    silu,
-    softmaxed,
-    turned,
-)
+from nestling.sequence import Mixer, attention, mac, mag, mal, naive_blocks, self_modifying, sequence_memory
+from oracles import DEEP, EXACT, F64, assert_is, moved, normal
 
 DIM, HEADS = 8, 2
-LENGTHS = (1, 7, 63)
 deep = sequence_memory(mlp(), chunk=4)
 exact = sequence_memory(matrix(), rule=retain(decay(), momentum()), chunk=4, gradient_at="token")
 MEMORIES = {"deep": (deep, DEEP), "exact": (exact, EXACT)}
@@ -39,79 +23,20 @@ def inputs(length: int) -> Tensor:
     return normal(length, DIM, seed=length).requires_grad_()
 
 
-class NaiveAttention:
-    """Attention over x [t, d]: keys, values and outputs, by the definition."""
-
-    def __init__(self, layer, x: Tensor, window: int) -> None:
-        projected: list[Tensor] = []
-        q, self.k, self.v, self.outputs = [], [], [], []
-        tokens = [] if layer.persistent is None else list(layer.persistent)
-        beside = [(layer.qkv.weight @ token).view(3, HEADS, -1) for token in tokens]
-        for t, token in enumerate(x):
-            projected.append(layer.qkv.weight @ token)
-            a, b, c = convolved(layer.convolution.weight, projected).view(3, HEADS, -1)
-            for part, new in ((q, a), (self.k, b), (self.v, c)):
-                part.append(new)
-            heads = []
-            for h in range(HEADS):
-                seen = range(max(0, t - window + 1), t + 1)
-                scores = [a[h] @ k[h] / 2 for _, k, _ in beside]  # the root of a head's width of 4
-                scores += [turned(a[h], t) @ turned(self.k[i][h], i) / 2 for i in seen]
-                heads.append(softmaxed(scores, [v[h] for *_, v in beside] + [self.v[i][h] for i in seen]))
-            self.outputs.append(layer.project.weight @ torch.cat(heads))
+BLOCKS = {
+    "mag": (lambda memory, length: mag(memory, window=5, persistent=3), naive_blocks.mag),
+    "mal": (lambda memory, length: mal(memory, window=5, persistent=3), naive_blocks.mal),
+    "mac": (lambda memory, length: mac(memory, segment=24 if length > 7 else 3, persistent=2), naive_blocks.mac),
+}
 
 
-def gated(gate, y: Tensor, m: Tensor) -> Tensor:
-    return normed(y, gate.of_attention) * silu(normed(m, gate.of_memory))
-
-
-def assert_weights(found: tuple[Tensor, ...], naive: NaiveLayer) -> None:
-    for index, weight in enumerate(found):
-        for h in range(HEADS):
-            torch.testing.assert_close(weight[0, h], naive.runs[h].weights[index], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 7, 63])
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_memory_as_gate(kind: str, length: int) -> None:
-    memory, choices = MEMORIES[kind]
-    layer = build(mag(memory, window=5, persistent=3))
-    x = inputs(length)
-    y, state = layer(x[None])
-    remembered = NaiveLayer(layer.memory, choices, x)
-    attended = NaiveAttention(layer.attention, x, 5)
-    pairs = zip(attended.outputs, remembered.outputs, strict=True)
-    expected = torch.stack([gated(layer.gate, a, m) for a, m in pairs])
-    torch.testing.assert_close(y[0], expected, rtol=1e-10, atol=1e-10)
-    assert_weights(layer.memory.standing(state.memory), remembered)
-    cached = min(4, length)
-    torch.testing.assert_close(
-        state.attention.keys[0, :, 4 - cached :], torch.stack(attended.k[length - cached :], 1), rtol=1e-10, atol=1e-10
-    )
-    assert_same(gradients(y[0], layer, x), gradients(expected, layer, x))
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kind", MEMORIES)
-def test_memory_as_layer(kind: str, length: int) -> None:
-    memory, choices = MEMORIES[kind]
-    layer = build(mal(memory, window=5, persistent=3))
-    x = inputs(length)
-    y, state = layer(x[None])
-    remembered = NaiveLayer(layer.memory, choices, x)
-    between = torch.stack([normed(m, layer.norm) for m in remembered.outputs])
-    attended = NaiveAttention(layer.attention, between, 5)
-    expected = torch.stack(attended.outputs)
-    torch.testing.assert_close(y[0], expected, rtol=1e-10, atol=1e-10)
-    assert_weights(layer.memory.standing(state.memory), remembered)
-    cached = min(4, length)
-    torch.testing.assert_close(
-        state.attention.values[0, :, 4 - cached :],
-        torch.stack(attended.v[length - cached :], 1),
-        rtol=1e-10,
-        atol=1e-10,
-    )
-    assert_same(gradients(y[0], layer, x), gradients(expected, layer, x))
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_is_its_papers_equations(block: str, kind: str, length: int) -> None:
+    (memory, choices), (expression, oracle) = MEMORIES[kind], BLOCKS[block]
+    mixer = expression(memory, length)
+    assert_is(oracle(choices), build(mixer), mixer, inputs(length), HEADS)
 
 
 @pytest.mark.parametrize("way", ["chunked", "stepped"])
@@ -125,68 +50,6 @@ def test_a_segment_reads_what_the_memory_answers_with(retention, way) -> None:
     expected = of.at_anchor(of.open(before.memory.memory, True), asked)
     found = layer.structure.forward(plain(after.opened), asked)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-class NaiveContext:
-    """Memory as context over x [t, d], segment by segment: the memory is run again from the document's start over
-    all that attention has put out, and read for the segment's queries at the weights which that leaves."""
-
-    def __init__(self, layer, choices, x: Tensor) -> None:
-        self.layer, outputs, projected = layer, [], []
-        weights = [tuple(weight[h] for weight in layer.memory.start) for h in range(HEADS)]
-        for first in range(0, len(x), layer.segment):
-            self.keys: list[tuple[Tensor, Tensor]] = []  # of the reads and of the tokens, [h, k] each
-            self.values: list[tuple[Tensor, Tensor]] = []
-            self.turned: list[list[Tensor]] = []  # by head, [2, k]
-            for t in range(first, min(first + layer.segment, len(x))):
-                projected.append(layer.qkv.weight @ x[t])
-                outputs.append(self.attended(x[t], projected, weights))
-            naive = NaiveLayer(layer.memory, choices, torch.stack(outputs))
-            weights = [run.weights for run in naive.runs]
-        self.naive = naive
-        pairs = zip(outputs, naive.outputs, strict=True)
-        self.outputs = torch.stack([gated(layer.gate, y, m) for y, m in pairs])
-
-    def attended(self, token: Tensor, projected: list[Tensor], opened) -> Tensor:
-        layer = self.layer
-        asked = silu(layer.query.weight @ token).view(HEADS, -1)
-        found = [self.answer(opened[h], asked[h] / asked[h].norm()) for h in range(HEADS)]
-        h = torch.cat([normed(part) for part in found]) * layer.norm
-        q, k, v = convolved(layer.convolution.weight, projected).view(3, HEADS, -1)
-        _, k_read, v_read = (layer.qkv.weight @ h).view(3, HEADS, -1)
-        self.keys.append((k_read, k))
-        self.values.append((v_read, v))
-        now, heads = len(self.keys) - 1, []
-        self.turned.append([torch.stack([turned(key[n], now) for key in self.keys[now]]) for n in range(HEADS)])
-        _, k_beside, v_beside = (layer.qkv.weight @ layer.persistent.T).view(3, HEADS, DIM // HEADS, -1)
-        for n in range(HEADS):
-            scores = torch.cat([q[n] @ k_beside[n], torch.cat([two[n] for two in self.turned]) @ turned(q[n], now)])
-            values = torch.cat([v_beside[n].T, torch.stack([v[n] for two in self.values for v in two])])
-            weights = (scores / 2).exp()
-            heads.append(weights @ values / weights.sum())
-        return layer.project.weight @ torch.cat(heads)
-
-    def answer(self, weights, q: Tensor) -> Tensor:
-        if len(weights) == 1:
-            return weights[0] @ q
-        return q + weights[1] @ F.gelu(weights[0] @ q)
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kind", MEMORIES)
-def test_memory_as_context(kind: str, length: int) -> None:
-    memory, choices = MEMORIES[kind]
-    layer = build(mac(memory, segment=24 if length > 7 else 3, persistent=2))
-    x = inputs(length)
-    y, state = layer(x[None])
-    naive = NaiveContext(layer, choices, x)
-    torch.testing.assert_close(y[0], naive.outputs, rtol=1e-10, atol=1e-10)
-    assert_weights(layer.memory.standing(state.memory), naive.naive)
-    for found, pairs in ((state.keys, naive.keys), (state.values, naive.values)):
-        expected = torch.stack([torch.stack(pair, 1) for pair in pairs], 2)  # [h, 2, j, k]
-        torch.testing.assert_close(found[0, :, :, : len(pairs)], expected, rtol=1e-10, atol=1e-10)
-        assert not found[0, :, :, len(pairs) :].any()
-    assert_same(gradients(y[0], layer, x), gradients(naive.outputs, layer, x))
 
 
 @pytest.mark.parametrize("expression", [mag(deep, 3, 2), mal(exact, 3, 2), mac(exact, 3, 2)], ids=str)

@@ -18,13 +18,14 @@ from nestling.sequence import (
     mac,
     mag,
     mal,
+    naive_blocks,
     self_modifying,
     sequence_memory,
     shards,
     tnt,
 )
 from nestling.sequence.scan import Writes
-from oracles import DEEP, EXACT, NaiveLayer, assert_same, gradients, moved, normal
+from oracles import DEEP, EXACT, assert_is, assert_same, gradients, moved, normal
 
 DIM, HEADS = 8, 2
 deep = sequence_memory(mlp(), chunk=4)
@@ -40,25 +41,6 @@ def inputs(length: int) -> Tensor:
     return normal(length, DIM, seed=length).requires_grad_()
 
 
-def naive_shards(layer, choices, x: Tensor) -> tuple[Tensor, list, Tensor]:
-    """Outputs [t, d], the last shard's runs by head, and its sum of keys [h, k, k]."""
-    naive, length = NaiveLayer(layer.memory, choices, x), layer.expression.shard
-    outputs = []
-    for first in range(0, len(x), length):
-        at = slice(first, min(first + length, len(x)))
-        runs, sums = [], []
-        for head in range(HEADS):
-            total, asked = torch.zeros(DIM // HEADS, DIM // HEADS, dtype=x.dtype), []
-            for k, q in zip(naive.k[at, head], naive.q[at, head], strict=True):
-                total = total + torch.outer(k, k) / k.dot(k)
-                asked.append(total @ q if layer.expression.queries == "projected" else q)
-            runs.append(naive.run(choices, head, at, torch.stack(asked)))
-            sums.append(total)
-        reads = torch.stack([run.reads for run in runs], 1)
-        outputs += [naive.output(read, token) for read, token in zip(reads, x[at], strict=True)]
-    return torch.stack(outputs), runs, torch.stack(sums)
-
-
 CASES = [("deep", "projected"), ("exact", "projected"), ("deep", "raw")]
 
 
@@ -66,17 +48,8 @@ CASES = [("deep", "projected"), ("exact", "projected"), ("deep", "raw")]
 @pytest.mark.parametrize(("kind", "queries"), CASES)
 def test_shards_are_memories_that_start_anew(kind: str, queries: str, length: int) -> None:
     memory, choices = MEMORIES[kind]
-    layer = build(shards(memory, shard=12 if length == 63 else 4, queries=queries))
-    x = inputs(length)
-    y, state = layer(x[None])
-    expected, runs, sums = naive_shards(layer, choices, x)
-    torch.testing.assert_close(y[0], expected, rtol=1e-10, atol=1e-10)
-    for index, weight in enumerate(layer.standing(state)):
-        for h in range(HEADS):
-            torch.testing.assert_close(weight[0, h], runs[h].weights[index], rtol=1e-10, atol=1e-10)
-    if queries == "projected":
-        torch.testing.assert_close(state.keys[0][0], sums, rtol=1e-10, atol=1e-10)
-    assert_same(gradients(y[0], layer, x), gradients(expected, layer, x))
+    expression = shards(memory, shard=12 if length == 63 else 4, queries=queries)
+    assert_is(naive_blocks.shards(choices), build(expression), expression, inputs(length), HEADS)
 
 
 def test_nothing_but_the_convolution_crosses_a_shards_edge() -> None:

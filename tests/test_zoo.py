@@ -9,6 +9,7 @@ import torch
 from nestling import Decoder, ModelConfig, checks, zoo
 from nestling.cli import main
 from nestling.memory import Part, Rule, decay, every, gradient_descent, l2, matrix, mlp, parse, retain, surprise
+from nestling.memory.state import difference
 from nestling.sequence import Memory, Mixer, sequence_memory, window_gates
 from nestling.sequence.gating import gates_of
 from nestling.sequence.named import FAR, Model, Size, error, size
@@ -73,6 +74,20 @@ def test_keeps_the_laws_of_sequence_models(name):
 @pytest.mark.parametrize("name", zoo)
 def test_prints_as_the_line_that_builds_it(name):
     assert parse(str(zoo[name].mixer), Mixer) == zoo[name].mixer
+
+
+@pytest.mark.parametrize("name", zoo)
+def test_no_rows_or_no_tokens_change_nothing(name):
+    mixer = zoo[name].mixer.build(8, 2, torch.Generator().manual_seed(0))
+    for rows, length in ((0, 5), (2, 0), (0, 0)):
+        x, before = torch.randn(rows, length, 8), mixer.init_state(rows)
+        for state in (before, None):
+            y, after = mixer(x, state)
+            assert y.shape == x.shape
+            assert not any(difference(before, after).values())
+    one = torch.ones(0, 5, dtype=torch.bool)
+    y, _ = mixer(torch.randn(0, 5, 8), reset=one, valid=one)
+    assert y.shape == (0, 5, 8)
 
 
 def test_deep_memories_depend_on_their_chunk_and_exact_ones_do_not():

@@ -57,8 +57,8 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     Option by option, also inside the parts (structure, rule, retention, levels): every other choice has to change
     the output, and of a number one of some other values. The expression is made small first: widths, chunks,
     periods, bounds. A variant has the base's parameters where their names and shapes agree, else it is built anew.
-    Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way` between
-    "chunked" and "recurrent", `checkpoint`, `chunk` where gradients are taken at every token, and options whose path
+    Levels are judged by the losses of reading with learning. What must change nothing, beyond 1e-10, is `way` where
+    neither is "stepped", `checkpoint`, `chunk` where gradients are taken at every token, and options whose path
     is in `neutral`. Options without another legal value, and those that a level's rule does not use, are named in
     `detail` and not judged. Measured: how many options break this.
     """

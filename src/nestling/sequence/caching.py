@@ -13,22 +13,27 @@ from .layer import SequenceMemory, sequence_memory
 from .layout import Piece, lay_out
 from .linear_caching import LinearCaching
 from .linear_mixer import linear_mixer
+from .lstm import lstm
 from .mixer import Mixer, MixerModule, linear
 from .scan import MemoryState, States, Writes
 from .segments import Segments, closed, reached, weigh
+from .self_caching import SelfCaching
+from .self_modifying import self_modifying
+from .srwm import srwm
 
 _READS = ("residual", "gated", "soup", "sparse")
 
 
 @dataclass(frozen=True, repr=False)
 class caching(Mixer):
-    """A memory whose states at the ends of segments stay readable: the expression of `Caching`, and of `LinearCaching`
-    where the memory is a linear_mixer().
+    """A memory whose states at the ends of segments stay readable: the expression of `Caching`; of `LinearCaching`
+    where the memory is a linear_mixer(), of `SelfCaching` where it is a self_modifying() or an srwm().
 
-    segment: tokens, a multiple of the chunk of a sequence_memory(). slots: how many ends are kept; the oldest makes
-    room, so that the state does not grow with the document. read: "residual", the sum of all; "gated", weighted by what
-    the token asks for; "soup", the weights of a sequence_memory() averaged, read once; "sparse", gated over the `top`
-    best and the present. Source: 2602.24281. Oracles: `naive_blocks.gated_caching`, tests/test_linear_caching.py.
+    segment: tokens, a multiple of the memory's chunk where that is part of the model. slots: how many ends are kept;
+    the oldest makes room, so that the state does not grow with the document. read: "residual", the sum of all; "gated",
+    weighted by what the token asks for; "soup", the weights averaged, read once (not of a linear_mixer()); "sparse",
+    gated over the `top` best and the present. Source: 2602.24281. Oracles: `naive_blocks.caching`,
+    tests/test_linear_caching.py, tests/test_self_caching.py.
     """
 
     memory: Mixer = sequence_memory()
@@ -38,26 +43,44 @@ class caching(Mixer):
     top: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.memory, sequence_memory | linear_mixer):
+        memory = self.memory
+        if isinstance(memory, lstm):
+            raise ValueError(f"caching: a state is read again with a query, and {memory} has none: it is what it says")
+        if not isinstance(memory, sequence_memory | linear_mixer | self_modifying | srwm):
             raise ValueError(
-                f"caching: states are kept of a sequence_memory() or a linear_mixer(), not of {self.memory}"
+                "caching: states are kept of a sequence_memory(), linear_mixer(), self_modifying() or srwm(), "
+                f"not of {memory}"
             )
-        chunk = self.memory.chunk if isinstance(self.memory, sequence_memory) else 1  # where it is part of the model
-        if self.segment < 1 or self.segment % chunk:
-            raise ValueError(f"caching: segment must be a multiple of the memory's chunk {chunk}, got {self.segment}")
+        if self.segment < 1 or self.segment % self._chunk:
+            raise ValueError(
+                f"caching: segment must be a multiple of the memory's chunk {self._chunk}, got {self.segment}"
+            )
         if self.read not in _READS:
             raise ValueError(f"caching: read must be one of {_READS}, got {self.read!r}")
-        if self.read == "soup" and isinstance(self.memory, linear_mixer):
-            raise ValueError(f"caching: read='soup' averages the weights of a sequence_memory(), not of {self.memory}")
+        if self.read == "soup" and isinstance(memory, linear_mixer):
+            raise ValueError(f"caching: read='soup' averages the weights of a memory, not the matrices of {memory}")
+        if self.read == "soup" and isinstance(memory, self_modifying) and memory.read != "after":
+            raise ValueError(f"caching: read='soup' averages weights after a token's own write, not those of {memory}")
         for name in ("slots", "top"):
             if getattr(self, name) < 1:
                 raise ValueError(f"caching: {name} must be at least 1, got {getattr(self, name)}")
 
-    def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "Caching | LinearCaching":
+    @property
+    def _chunk(self) -> int:
+        """Tokens of a chunk where it is part of the model."""
+        if isinstance(self.memory, self_modifying):
+            return max(self.memory.chunk, self.memory.projection_chunk)
+        return self.memory.chunk if isinstance(self.memory, sequence_memory) else 1
+
+    def build(
+        self, dim: int, heads: int, generator: torch.Generator | None = None
+    ) -> "Caching | LinearCaching | SelfCaching":
+        top = self.top if self.read == "sparse" else None
+        kept = (self.segment, self.slots)
         if isinstance(self.memory, linear_mixer):
-            top = self.top if self.read == "sparse" else None
-            kept = (self.segment, self.slots, self.read != "residual", top)
-            return LinearCaching(dim, heads, self.memory, *kept, generator)
+            return LinearCaching(dim, heads, self.memory, *kept, self.read != "residual", top, generator)
+        if isinstance(self.memory, self_modifying | srwm):
+            return SelfCaching(dim, heads, self.memory, *kept, self.read, top, generator)
         return Caching(dim, heads, self, generator)
 
 
@@ -88,7 +111,7 @@ class Caching(MixerModule):
     There is one gate a head: u_t and p_i are cut into heads. A segment goes on from the weights that the one before
     it ended on. Of the earlier segments the last `slots` are kept. "sparse" reads them all and drops the rest: what it
     saves is not time. "soup" averages a set of weights for every token, and is slow. x [b, t, d] -> [b, t, d].
-    Oracle: `naive_blocks.gated_caching`, tests/test_caching.py.
+    Oracle: `naive_blocks.caching`.
     """
 
     def __init__(

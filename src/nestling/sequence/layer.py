@@ -93,11 +93,20 @@ class SequenceMemory(MixerModule):
         state = start if state is None else state
         if x.shape[1] == 0:
             return x, state
-        layout = lay_out(state.phase, x.shape[1], (self.memory.chunk,), reset, valid)
+        layout = self._layout(state.phase, x.shape[1], reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
         y, (memory,), tail = self.through(x, state.tail, layout, (state.memory,), (start.memory,), self.step)
         return self.output(y, x), SequenceState(layout.phase, tail, memory)
+
+    def _layout(self, phase: Tensor, length: int, reset: Tensor | None, valid: Tensor | None) -> Layout:
+        """By chunks; for kernels, which have chunks of their own, one piece where the rows agree."""
+        if self.memory.way == "kernels":
+            phase = torch.zeros_like(phase)
+            whole = lay_out(phase, length, (length,), reset, valid)
+            if whole.source is None:
+                return whole
+        return lay_out(phase, length, (self.memory.chunk,), reset, valid)
 
     def standing(self, state: SequenceState) -> Weights:
         return self.memory.standing(state.memory)

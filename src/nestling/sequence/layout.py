@@ -84,6 +84,8 @@ def lay_out(
     frame = max(chunks)
     if any(frame % chunk for chunk in chunks):
         raise ValueError(f"chunk sizes must divide the largest of them, got {chunks}")
+    if not len(phase):  # no rows: nothing to go through
+        return Layout((), phase, None, None, None, None, None, None, None)
     if reset is not None and not bool(reset.any()):
         reset = None
     if valid is not None and bool(valid.all()):

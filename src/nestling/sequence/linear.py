@@ -4,6 +4,7 @@ For those who come from flash-linear-attention: tensors are [b, t, h, .] as ther
 key channel [b, t, h, k], retention is given as its natural log (g there), `step_size` is beta, scale is 1/sqrt(k)
 unless told; but the state is [b, h, v, k], the transpose, and always returned. All are one recurrence and one chunk
 form, exact at every chunk size, on any device and twice differentiable. Computed in float32 (float64 if given).
+way="kernels": by that package's own kernels, on a GPU, in the dtype of q (`kernels.run_kernel`).
 """
 
 import math
@@ -12,7 +13,10 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from .kernels import KERNELS, run_kernel
 from .linear_chunk import Given, LinearChunks
+
+WAYS = ("chunked", "recurrent", "kernels")
 
 
 class How(TypedDict, total=False):
@@ -53,10 +57,12 @@ def linear_memory(
     _check(q, k, v, log_retention, erase, erase_along, initial_state)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    for name, value, allowed in (("read", read, ("after", "before")), ("way", way, ("chunked", "recurrent"))):
+    for name, value, allowed in (("read", read, ("after", "before")), ("way", way, WAYS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-    b, t, h, width = q.shape
+    if way == "kernels":
+        return _by_kernel(q, k, v, log_retention, erase, erase_along, initial_state, scale, read)
+    b, _, h, width = q.shape
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         if initial_state is None:
@@ -64,10 +70,10 @@ def linear_memory(
         scaled = q.to(dtype) * (1.0 / math.sqrt(width) if scale is None else scale)
         rest = (k, v, log_retention, erase, erase_along, initial_state)
         given = Given(scaled, *(None if x is None else x.to(dtype) for x in rest))  # type: ignore[arg-type]
-        if way == "recurrent" or t == 0:
+        if way == "recurrent" or not q.numel():
             y, state = _recurrent(given, read == "before")
         else:
-            y, state = LinearChunks.apply(*given, min(chunk, t), read == "before")
+            y, state = LinearChunks.apply(*given, min(chunk, q.shape[1]), read == "before")
     return y.to(v.dtype), state
 
 
@@ -108,7 +114,40 @@ def _recurrent(given: Given, before: bool) -> tuple[Tensor, Tensor]:
         if p is not None:
             state = state - seen[..., None] * x[:, t, :, None, :]
         reads.append(((standing if before else state) @ q[:, t, :, :, None])[..., 0])
-    return (torch.stack(reads, 1) if reads else torch.zeros_like(v)), state
+    return (torch.stack(reads, 1) if reads else v.clone()), state
+
+
+def _by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_retention: Tensor | None,
+    p: Tensor | None,
+    x: Tensor | None,
+    state: Tensor | None,
+    scale: float | None,
+    read: str,
+) -> tuple[Tensor, Tensor]:
+    """Any recurrence, by the kernel of the smallest family that it is in."""
+    if p is None:
+        form = "linear_attention" if log_retention is None else "gated_linear_attention"
+        form += " by channel" if log_retention is not None and log_retention.dim() == 4 else ""
+        gates = () if log_retention is None else (log_retention,)
+        return run_kernel(form, q, k, v, *gates, initial_state=state, scale=scale, read=read)
+    if log_retention is None:
+        log_retention = torch.zeros_like(p)
+    by_channel = log_retention if log_retention.dim() == 4 else log_retention[..., None].expand_as(p)
+    others = by_channel, -p.to(q.dtype), (k if x is None else x).to(q.dtype)
+    return run_kernel("linear_memory", q, k, v, *others, initial_state=state, scale=scale, read=read)
+
+
+def _direct(form: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, **how: Unpack[How]) -> tuple[Tensor, Tensor]:
+    """A function that has a kernel of its own; its kernel would read past the end of what has another shape."""
+    _check(q, k, v, None, None, None, how.get("initial_state"))
+    for name, other in zip(KERNELS[form].takes, others, strict=True):
+        if other.shape not in (q.shape[:3], q.shape):
+            raise ValueError(f"{name} must be {list(q.shape[:3])} or {list(q.shape)}, got {list(other.shape)}")
+    return run_kernel(form, q, k, v, *others, **how)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, **how: Unpack[How]) -> tuple[Tensor, Tensor]:
@@ -148,6 +187,8 @@ def hgrn2(q: Tensor, v: Tensor, log_retention: Tensor, **how: Unpack[How]) -> tu
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, step_size: Tensor, **how: Unpack[How]) -> tuple[Tensor, Tensor]:
     """S_t = S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, b = step_size [b, t, h]. DeltaNet (2406.06484)."""
+    if how.get("way") == "kernels":
+        return _direct("delta_rule", q, k, v, step_size, **how)
     b = step_size[..., None]
     return linear_memory(q, k, v * b, erase=k * b, **how)
 
@@ -160,6 +201,8 @@ def gated_delta_rule(
     b = step_size[..., None]
     if log_retention.dim() == 4:
         return kda(q, k, v, step_size, log_retention, **how)
+    if how.get("way") == "kernels":
+        return _direct("gated_delta_rule", q, k, v, step_size, log_retention, **how)
     erase = k * (step_size * log_retention.exp())[..., None]
     return linear_memory(q, k, v * b, log_retention=log_retention, erase=erase, **how)
 
@@ -176,6 +219,8 @@ def kda(
 ) -> tuple[Tensor, Tensor]:
     """S_t = S_{t-1} Diag(a_t) (I - b_t (e_t * k_t) k_t^T) + b_t v_t k_t^T, log a [b, t, h, k]. Kimi delta attention
     (2510.26692); with an erase gate e [b, t, h, k], what is erased is chosen channel by channel."""
+    if how.get("way") == "kernels" and erase_gate is None:
+        return _direct("kda", q, k, v, step_size, log_retention, **how)
     b = step_size[..., None]
     erase = k * b * log_retention.exp() if erase_gate is None else k * b * log_retention.exp() * erase_gate
     return linear_memory(q, k, v * b, log_retention=log_retention, erase=erase, **how)
@@ -242,4 +287,6 @@ def comba(
     before it has decayed. p [b, t, h, k], D = feedback [h] (None: 0). Comba (2506.02475)."""
     b = step_size[..., None]
     asked = q if feedback is None else q - feedback[:, None] * p
+    if how.get("way") == "kernels":
+        return _direct("comba", asked, k, v, p.to(asked.dtype), step_size, log_retention, **how)
     return linear_memory(asked, k, v * b, log_retention=log_retention, erase=p * b, **how)

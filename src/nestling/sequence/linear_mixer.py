@@ -11,20 +11,21 @@ from nestling.memory.state import select
 
 from .convolution import ShortConvolution
 from .layout import Layout, lay_out
+from .linear import WAYS
 from .mixer import Mixer, MixerModule, Output, check_width, linear
-from .streams import Given, Streams, delta_product_streams
+from .streams import Given, Streams, delta_product_streams, mesa_streams
 
 
 @dataclass(frozen=True, repr=False)
 class linear_mixer(Mixer):
     """A linear recurrence with its paper's streams and gates: the expression of `LinearMixer`. Exact at every chunk
-    size: `chunk` only says how many tokens are taken at once. convolution: its width; 1 for none. Sources: those of its
-    streams. Oracles: `naive_layers`, one for each."""
+    size: `chunk` only says how many tokens are taken at once. way: as of `linear.How`, in float32. convolution: its
+    width; 1 for none. Sources: those of its streams. Oracles: `naive_layers`, one for each."""
 
     streams: Streams = delta_product_streams()
     chunk: int = 64
     convolution: int = 4
-    way: Literal["chunked", "recurrent"] = "chunked"
+    way: Literal["chunked", "recurrent", "kernels"] = "chunked"
 
     exact = True
 
@@ -36,8 +37,10 @@ class linear_mixer(Mixer):
         check_families(self)
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
-        if self.way not in ("chunked", "recurrent"):
-            raise ValueError(f"way must be one of ('chunked', 'recurrent'), got {self.way!r}")
+        if self.way not in WAYS:
+            raise ValueError(f"way must be one of {WAYS}, got {self.way!r}")
+        if self.way == "kernels" and isinstance(self.streams, mesa_streams):
+            raise ValueError(f"way='kernels' is for one recurrence, {self.streams} solves a system at every token")
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "LinearMixer":
         return LinearMixer(dim, heads, self, generator)

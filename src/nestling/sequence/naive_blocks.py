@@ -48,10 +48,11 @@ class _Head(NamedTuple):
         return q + x if self.choices.residual else x
 
 
-def _heads(choices: Choices, p: Parameters, x: Tensor, heads: int) -> list[_Head]:
-    """The heads of a memory whose gates are sigmoids, and whose steps are bounded by 1.5 / (1 + sqrt(C / k))^2."""
+def _heads(choices: Choices, p: Parameters, x: Tensor, heads: int, exact: bool = False) -> list[_Head]:
+    """The heads of a memory whose gates are sigmoids, and whose steps are bounded by 1.5 / (1 + sqrt(C / k))^2; by 1
+    where gradients are exact."""
     width = x.shape[1] // heads
-    bound = 1.5 / (1.0 + math.sqrt(choices.chunk / width)) ** 2
+    bound = 1.0 if exact else 1.5 / (1.0 + math.sqrt(choices.chunk / width)) ** 2
     q, k, v = _silu(_convolved(p, x @ p["qkv.weight"].T)).chunk(3, -1)
     raw = torch.sigmoid(x @ p["gates.weight"].T + p["gates.bias"])
     each = []
@@ -64,9 +65,9 @@ def _heads(choices: Choices, p: Parameters, x: Tensor, heads: int) -> list[_Head
     return each
 
 
-def _layer(choices: Choices, p: Parameters, x: Tensor, heads: int) -> Told:
+def _layer(choices: Choices, p: Parameters, x: Tensor, heads: int, exact: bool = False) -> Told:
     """The memory as a layer of its own."""
-    runs = [head.run(0, len(x)) for head in _heads(choices, p, x, heads)]
+    runs = [head.run(0, len(x)) for head in _heads(choices, p, x, heads, exact)]
     return _said(p, [run.reads for run in runs], x), _weights("memory.running", [run.weights for run in runs])
 
 
@@ -96,7 +97,7 @@ def mag(choices: Choices) -> Around:
     """o_t = norm(attention(x)_t) * SiLU(norm(memory(x)_t)): Titans 26 to 28."""
 
     def oracle(mixer: Any, p: Parameters, x: Tensor, heads: int) -> Told:
-        m, remembered = _layer(choices, _of(p, "memory."), x, heads)
+        m, remembered = _layer(choices, _of(p, "memory."), x, heads, mixer.memory.exact)
         y, attended = windowed(mixer.window, _of(p, "attention."), x, heads)
         return _gated(p, y, m), _as("memory.", remembered) | _as("attention.", attended)
 
@@ -107,7 +108,7 @@ def mal(choices: Choices) -> Around:
     """o = attention(norm(memory(x))): Titans 29 to 31."""
 
     def oracle(mixer: Any, p: Parameters, x: Tensor, heads: int) -> Told:
-        m, remembered = _layer(choices, _of(p, "memory."), x, heads)
+        m, remembered = _layer(choices, _of(p, "memory."), x, heads, mixer.memory.exact)
         y, attended = windowed(mixer.window, _of(p, "attention."), _rms(m) * p["norm"], heads)
         return y, _as("memory.", remembered) | _as("attention.", attended)
 
@@ -121,11 +122,11 @@ def mac(choices: Choices) -> Around:
     def oracle(mixer: Any, p: Parameters, x: Tensor, heads: int) -> Told:
         of, said = _of(p, "memory."), x[:0]
         for first in range(0, len(x), mixer.segment):
-            memories = _heads(choices, of, said if first else x, heads)
+            memories = _heads(choices, of, said if first else x, heads, mixer.memory.exact)
             opened = [memory.run(0, first).weights if first else memory.start for memory in memories]
             y, keys, values = _segment(p, x[: first + mixer.segment], first, memories, opened)
             said = torch.cat([said, y])
-        m, kept = _layer(choices, of, said, heads)
+        m, kept = _layer(choices, of, said, heads, mixer.memory.exact)
         room = torch.zeros(heads, 2, mixer.segment - keys.shape[2], keys.shape[3], dtype=x.dtype)
         kept = _as("memory.", kept) | _weights("opened", opened)
         kept |= {"keys": torch.cat([keys, room], 2), "values": torch.cat([values, room], 2)}
@@ -182,58 +183,94 @@ def tnt(choices: Choices) -> Around:
         kept = _as("mixers.0.", kept)
         for i, chunk in enumerate(mixer.local, 1):
             own = _of(p, f"mixers.{i}.memory.")
-            more, remembered = _sharded(replace(choices, chunk=chunk), mixer.shard, own, x, heads)
+            more, remembered = _sharded(replace(choices, chunk=chunk), mixer, own, x, heads)
             y, kept = y + more, kept | _as(f"mixers.{i}.", remembered)
         return y, kept
 
     return oracle
 
 
-def _sharded(choices: Choices, shard: int, p: Parameters, x: Tensor, heads: int) -> Told:
+def shards(choices: Choices) -> Around:
+    """One of TNT's local memories, read for q_t itself where queries are "raw"."""
+    return lambda mixer, p, x, heads: _sharded(choices, mixer, _of(p, "memory."), x, heads, mixer.memory.exact)
+
+
+def _sharded(choices: Choices, mixer: Any, p: Parameters, x: Tensor, heads: int, exact: bool = False) -> Told:
     reads, ends, sums = [], [], []
-    for head in _heads(choices, p, x, heads):
+    for head in _heads(choices, p, x, heads, exact):
         each = []
-        for first in range(0, len(x), shard):
-            stop, asked = min(first + shard, len(x)), []
+        for first in range(0, len(x), mixer.shard):
+            stop, asked = min(first + mixer.shard, len(x)), []
             total = torch.zeros(x.shape[1] // heads, x.shape[1] // heads, dtype=x.dtype)
             for k, q in zip(head.keys[first:stop], head.queries[first:stop], strict=True):
                 total = total + torch.outer(k, k)
-                asked.append(total @ q)
+                asked.append(total @ q if mixer.queries == "projected" else q)
             run = head.run(first, stop, torch.stack(asked))
             each.append(run.reads)
         reads.append(torch.cat(each))
         ends.append(run.weights)
         sums.append(total)
-    return _said(p, reads, x), _weights("memory.running", ends) | {"keys.0": torch.stack(sums)}
+    kept = {"keys.0": torch.stack(sums)} if mixer.queries == "projected" else {}
+    return _said(p, reads, x), _weights("memory.running", ends) | kept
 
 
-def gated_caching(choices: Choices) -> Around:
-    """Memory Caching, gated: y_t = g_s M_t(q_t) + sum_{i<s} g_i M_i(q_t) over the last `slots` segments that ended,
-    g = softmax of (W_u x_t) . p_i / sqrt k, p_i the mean of the segment's x, of this one's up to t."""
+def caching(choices: Choices) -> Around:
+    """Memory Caching over the last `slots` segments that ended, M_i what stood at the end of one::
+
+        residual  y_t = M_t(q_t) + sum_i M_i(q_t)                   gated   y_t = g_t M_t(q_t) + sum_i g_i M_i(q_t)
+        soup      y_t = M(q_t), weights g_t W_t + sum_i g_i W_i     sparse  as gated, over the `top` of them
+
+    g = softmax of `scores`."""
 
     def oracle(mixer: Any, p: Parameters, x: Tensor, heads: int) -> Told:
         stops = range(mixer.segment, len(x), mixer.segment)
-        means = {stop: x[stop - mixer.segment : stop].mean(0) for stop in stops}
-        asked = x @ p["asks.weight"].T
         reads, last, cached = [], [], []
-        for n, head in enumerate(_heads(choices, _of(p, "memory."), x, heads)):
-            run = head.run(0, len(x))
-            ended = {stop: head.run(0, stop).weights for stop in stops}
+        for n, head in enumerate(_heads(choices, _of(p, "memory."), x, heads, mixer.memory.exact)):
+            run, ended = head.run(0, len(x)), {stop: head.run(0, stop).weights for stop in stops}
             each = []
             for t, now in enumerate(run.reads):
                 seen = [stop for stop in stops if stop <= t][-mixer.slots :]
-                here = x[t // mixer.segment * mixer.segment : t + 1].mean(0)
-                pools = torch.stack([_head(pool, n, heads) for pool in (here, *(means[stop] for stop in seen))])
-                gates = torch.softmax(pools @ _head(asked[t], n, heads) / math.sqrt(pools.shape[1]), 0)
-                found = [now, *(head.answer(ended[stop], head.queries[t]) for stop in seen)]
-                each.append(gates @ torch.stack(found))
+                if mixer.read == "residual":
+                    each.append(now + sum(head.answer(ended[stop], head.queries[t]) for stop in seen))
+                    continue
+                gates = segment_gates(mixer, p["asks.weight"], x, t, n, heads)
+                if mixer.read == "soup":
+                    standing = [head.run(0, t + 1).weights, *(ended[stop] for stop in gates if stop)]
+                    each.append(head.answer(_averaged(gates, standing), head.queries[t]))
+                else:
+                    found = [now, *(head.answer(ended[stop], head.queries[t]) for stop in gates if stop)]
+                    each.append(sum(g * y for g, y in zip(gates.values(), found, strict=True)))
             reads.append(torch.stack(each))
             last.append(run.weights)
             cached.append([ended[stop] for stop in stops][-mixer.slots :])
+        means = {stop: x[stop - mixer.segment : stop].mean(0) for stop in stops}
         y = _said(_of(p, "memory."), reads, x)
         return y, _weights("memory.running", last) | _cached(mixer.slots, cached, last, means, x)
 
     return oracle
+
+
+def segment_gates(mixer: Any, asks: Tensor, x: Tensor, t: int, head: int, heads: int) -> dict[int, Tensor]:
+    """Of token t: softmax_i of (W_u x_t) . p_i / sqrt k, p_i the mean of a segment's x, of the present one's up to t;
+    by where each segment ended, the present one first, as 0. With read="sparse" over the present and the `top` best."""
+    asked = _head(asks @ x[t], head, heads)
+
+    def score(first: int, stop: int) -> Tensor:
+        return asked @ _head(x[first:stop].mean(0), head, heads) / math.sqrt(len(asked))
+
+    stops = [stop for stop in range(mixer.segment, t + 1, mixer.segment)][-mixer.slots :]
+    scores = {stop: score(stop - mixer.segment, stop) for stop in stops}
+    if mixer.read == "sparse":
+        best = sorted(scores, key=lambda stop: float(scores[stop].detach()))[-mixer.top :]
+        scores = {stop: scores[stop] for stop in best}
+    scores = {0: score(t // mixer.segment * mixer.segment, t + 1)} | scores
+    return dict(zip(scores, torch.softmax(torch.stack(list(scores.values())), 0), strict=True))
+
+
+def _averaged(gates: dict[int, Tensor], standing: list[Maps]) -> Maps:
+    """Weights summed by their gates, map by map."""
+    each = list(zip(gates.values(), standing, strict=True))
+    return tuple(sum(g * maps[i] for g, maps in each) for i in range(len(standing[0])))  # type: ignore[misc]
 
 
 def _cached(slots: int, cached: list[list[Maps]], like: list[Maps], means: dict[int, Tensor], x: Tensor) -> dict:

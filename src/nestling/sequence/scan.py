@@ -32,7 +32,7 @@ from nestling.memory.structure import Structure, Weights, matrix, mlp, plain, to
 from . import chunk as chunks
 from . import stepped
 from . import window as windows
-from .by_channel import run_by_channel
+from .by_channel import run_as_linear_memory
 from .layout import Layout, Piece
 from .recompute import recompute
 
@@ -63,7 +63,8 @@ class Memory:
     which the chunk opened; the chunk size is part of the model. read="after": token t reads the weights after its
     own write; "before": as they stood before it; "boundary": those on which its chunk opened (equation 90).
     way="chunked": a chunk at once, for rules with a plan; "recurrent": one `rule.step` a token, for any rule;
-    "stepped": one `rule.step` a chunk on the chunk's summed gradient, taken when the next one opens, for any rule.
+    "stepped": one `rule.step` a chunk on the chunk's summed gradient, taken when the next one opens, for any rule;
+    "kernels": as "chunked", of a matrix() at every token's own weights, by flash-linear-attention on a GPU, in float32.
     window: how many of the last tokens' pairs each token's step is on (the Omega rule).
     checkpoint: in training, keep the states between chunks only, and compute each chunk again for its gradients.
     Oracle: `memory.naive`.
@@ -75,7 +76,7 @@ class Memory:
     chunk: int = 64
     gradient_at: Literal["token", "chunk"] = "chunk"
     read: Literal["after", "before", "boundary"] = "after"
-    way: Literal["chunked", "recurrent", "stepped"] = "chunked"
+    way: Literal["chunked", "recurrent", "stepped", "kernels"] = "chunked"
     checkpoint: bool = False
     window: int = 1
 
@@ -92,6 +93,8 @@ class Memory:
                 f"{self.rule} answers with other weights than it accumulates, and read={self.read!r} would need them "
                 "for every token of a chunk; use read='boundary' with gradient_at='chunk', or way='recurrent'"
             )
+        if self.way == "kernels":
+            self._check_kernels()
         if self.rule.reopens and self.exact:
             raise ValueError(f"{self.rule} acts where a chunk opens; gradient_at='token' has no chunks")
         if self.exact and self.way == "chunked":
@@ -190,9 +193,22 @@ class Memory:
             raise ValueError(f"a bound for every token is for steps on one pair, not for window={self.window}")
         if pairs.map_steps is not None and self.way == "chunked":
             raise ValueError(f"a step size for every map has no chunked form for {self.rule}; use way='stepped'")
+        if self.way == "kernels":
+            return self._as_linear_memory(state, pairs, queries)
         if self.way == "chunked":
             return self._chunked(state, pairs, queries, graph_only)
         return (self._recurrent if self.way == "recurrent" else self._stepped)(state, pairs, queries)
+
+    def _check_kernels(self) -> None:
+        if not isinstance(self.structure, matrix) or not self.exact or self.window > 1 or self.read != "after":
+            raise ValueError(
+                "way='kernels' is for matrix() memories with gradient_at='token', read='after' and a window of one, "
+                f"not for {self.structure} with {self.gradient_at!r}, {self.read!r} and {self.window}"
+            )
+        if self.attentional_bias.slope is None or self.rule.exposes:
+            raise ValueError(
+                f"way='kernels' is for the linear family, which {self.attentional_bias} under {self.rule} is none of"
+            )
 
     def _check_by_channel(self) -> None:
         if not isinstance(self.structure, matrix) or not self.exact:
@@ -205,7 +221,7 @@ class Memory:
         self, state: MemoryState, pairs: "Writes", queries: Tensor | None, graph_only: bool
     ) -> tuple[Tensor, MemoryState]:
         if pairs.gates.by_channel:
-            return self._by_channel(state, pairs, queries)
+            return self._as_linear_memory(state, pairs, queries)
         recent = state.recent
         if isinstance(recent, windows.Recent):
             joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
@@ -241,17 +257,23 @@ class Memory:
             all_norms.append(norms)
         return maps, all_norms
 
-    def _by_channel(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
+    def _as_linear_memory(
+        self, state: MemoryState, pairs: "Writes", queries: Tensor | None
+    ) -> tuple[Tensor, MemoryState]:
         alone = pairs._replace(gates=pairs.gates._replace(log_retention=0.0))
         plan, norms = self._plan(alone, pairs.keys, None, state.rule[0])
         target = self.attentional_bias.target(pairs.keys, pairs.values)
         fixed = self.attentional_bias.error(torch.zeros_like(target), target)
         log_retention, slope, counted = pairs.gates.log_retention, self.attentional_bias.slope, pairs.counted()
-        assert isinstance(log_retention, Tensor)
         assert slope is not None
-        log_retention = log_retention if counted is None else log_retention * counted[..., None]
-        y, weight = run_by_channel(
-            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, queries), before=self.read == "before"
+        if not isinstance(log_retention, Tensor):
+            log_retention = torch.full_like(norms, log_retention)
+        if counted is not None:
+            log_retention = log_retention * (counted[..., None] if pairs.gates.by_channel else counted)
+        y, weight = run_as_linear_memory(
+            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, queries),
+            before=self.read == "before",
+            way=self.way,
         )
         rule = self.rule.close(state.rule[0], ChunkEnd(None, norms.sum(-1)))
         return y, MemoryState(state.anchor, (weight,), (rule,))
@@ -456,7 +478,7 @@ class Writes(NamedTuple):
 _CHOICES = {
     "gradient_at": ("token", "chunk"),
     "read": ("after", "before", "boundary"),
-    "way": ("chunked", "recurrent", "stepped"),
+    "way": ("chunked", "recurrent", "stepped", "kernels"),
 }
 
 

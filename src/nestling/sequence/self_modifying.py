@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nestling.memory.compound import biased, features
 from nestling.memory.rule import Gates
-from nestling.memory.structure import Structure, Weights, gated_mlp, matrix, mlp, side_by_side, together
+from nestling.memory.structure import Structure, Weights, gated_mlp, matrix, mlp, plain, side_by_side, together
 
 from .convolution import ShortConvolution
 from .elementwise import Heads, unit
@@ -169,14 +169,44 @@ class SelfModifying(MixerModule):
         reset: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, SelfModifyingState]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        y, state = self._through(x, state, reset, valid)
+        return torch.zeros_like(x) if y is None else self.output(y, x), state
+
+    def answering(self, state: SelfModifyingState) -> Weights:
+        """What answers: the main memory [b, h, out, in]."""
+        return self.standing(state)
+
+    def answer(
+        self, x: Tensor, state: SelfModifyingState, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, SelfModifyingState]:
+        """What the main memory answers to the tokens x [b, t, d] of one document, and its queries, each [b, h, t, k];
+        and the state after them."""
+        both, state = self._through(x, state, None, valid, asked=True)
+        if both is None:  # nothing but padding
+            both = self.value_scale.new_zeros(len(x), self.heads, x.shape[1], 2 * x.shape[2] // self.heads)
+        y, queries = both.chunk(2, -1)
+        return y, queries, state
+
+    def recall(self, weights: Weights, queries: Tensor) -> Tensor:
+        """What a main memory of these weights [..., out, in] says to queries [..., t, k]."""
+        return self.expression.structure.forward(plain(weights), queries)[0]
+
+    def _through(
+        self,
+        x: Tensor,
+        state: SelfModifyingState,
+        reset: Tensor | None,
+        valid: Tensor | None,
+        *,
+        asked: bool = False,
+    ) -> tuple[Tensor | None, SelfModifyingState]:
+        """What is read [b, h, t, v], with the queries beside it where that is asked; None where no token is."""
         start = self.init_state(x.shape[0])
-        state = start if state is None else state
-        if x.shape[1] == 0:
-            return x, state
         sizes = (self.expression.projection_chunk, self.expression.chunk)
         layout = lay_out(state.phase, x.shape[1], sizes, reset, valid)
-        if not layout.pieces:  # nothing but padding
-            return torch.zeros_like(x), state
+        if not layout.pieces:  # nothing, or nothing but padding
+            return None, state
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
         raw = layout.spread(self.gates(x))
         bounded: dict[int, tuple[Piece, Tensor]] = {}
@@ -205,14 +235,14 @@ class SelfModifying(MixerModule):
                 run = partial(Memory.run, pairs=pairs, graph_only=piece.graph_only)
                 y, known = run(main, known, queries=q)
                 written = (run(memory, state)[1] for memory, state in zip(generators, opened, strict=True))
-                return y, (*written, known)
+                return torch.cat([y, q], -1) if asked else y, (*written, known)
 
             y, memories = scan(
                 layout, state.memories, start.memories, given, step, checkpoint=self.expression.checkpoint
             )
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
         count = _count(state.bounded, list(bounded.values()))
-        return self.output(y, x), SelfModifyingState(layout.phase, tail, memories, count)
+        return y, SelfModifyingState(layout.phase, tail, memories, count)
 
     def standing(self, state: SelfModifyingState) -> Weights:
         return self.memories[-1].standing(state.memories[-1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.memory.state import select
+from nestling.memory.structure import Weights
 
 from .convolution import ShortConvolution
 from .layout import lay_out
@@ -72,14 +73,36 @@ class SelfReferential(MixerModule):
         reset: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, SelfReferentialState]:
+        state = self.init_state(x.shape[0]) if state is None else state
+        found, _, state = self._through(x, state, reset, valid)
+        return torch.zeros_like(x) if found is None else self.output(found, x), state
+
+    def answering(self, state: SelfReferentialState) -> Weights:
+        """What answers: the matrix's first rows [b, h, k, k]."""
+        return (state.memory[..., : self.rows[0], :],)
+
+    def answer(
+        self, x: Tensor, state: SelfReferentialState, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, SelfReferentialState]:
+        """What the tokens x [b, t, d] of one document are answered [b, h, t, k], what they asked with, phi(x)
+        [b, h, t, k], and the state after them."""
+        found, asked, state = self._through(x, state, None, valid)
+        if found is None or asked is None:  # nothing but padding
+            found = asked = self.start.new_zeros(len(x), self.heads, x.shape[1], self.rows[0])
+        return found, asked, state
+
+    def recall(self, weights: Weights, queries: Tensor) -> Tensor:
+        """What `answering` weights [..., k, k] say to queries [..., t, k]."""
+        return queries @ weights[0].mT
+
+    def _through(
+        self, x: Tensor, state: SelfReferentialState, reset: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, SelfReferentialState]:
         start = self.init_state(x.shape[0])
-        state = start if state is None else state
-        if x.shape[1] == 0:
-            return x, state
         phase = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         layout = lay_out(phase, x.shape[1], (1,), reset, valid)
-        if not layout.pieces:  # nothing but padding
-            return torch.zeros_like(x), state
+        if not layout.pieces:  # nothing, or nothing but padding
+            return None, None, state
         mixed, tail = self.convolution(layout.spread(x), state.tail, layout)
         reads, memory = [], state.memory
         with torch.autocast(x.device.type, enabled=False):
@@ -91,8 +114,9 @@ class SelfReferential(MixerModule):
                 held = layout.present(piece)
                 memory = after if held is None else select(held[:, 0], after, memory)
                 reads.append(y)
-        y = layout.gather(torch.stack(reads, 1))
-        return self.output(y.transpose(1, 2), x), SelfReferentialState(tail, memory)
+        y = layout.gather(torch.stack(reads, 1)).transpose(1, 2)
+        asked = layout.gather(spread.transpose(1, 2)).transpose(1, 2)
+        return y, asked, SelfReferentialState(tail, memory)
 
     def _step(self, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """One token phi(x) [b, h, k]: what is answered [b, h, k], and the matrix after it."""

@@ -20,8 +20,8 @@ from .scan import Memory, MemoryState, States, Writes
 @dataclass(frozen=True, repr=False)
 class shards(Mixer):
     """A memory that starts anew every `shard` tokens (a multiple of its chunk): the expression of `Shards`.
-    queries: "projected" on the keys of the shard so far, or "raw". Source: TNT 6, 7. Oracle: `naive_blocks.tnt`, and
-    tests/test_tnt.py."""
+    queries: "projected" on the keys of the shard so far, or "raw". Source: TNT 6, 7. Oracle:
+    `naive_blocks.shards`."""
 
     memory: sequence_memory = sequence_memory(chunk=16)
     shard: int = 2048
@@ -61,7 +61,7 @@ class Shards(MixerModule):
 
     A memory is fitted on keys and read with queries: C takes a query to where keys have been. Its length is left as
     the sum makes it, as in the paper. The short convolution goes on over a shard's edge, a document's start ends both.
-    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.tnt`, tests/test_tnt.py.
+    x [b, t, d] -> [b, t, d]. Oracle: `naive_blocks.shards`.
     """
 
     def __init__(

@@ -342,7 +342,7 @@ zoo: dict[str, Model] = {
         caching(sequence_memory(mlp(), l2(), _TITANS, 16)),
         "y_t = g_s M_t(q_t) + sum_{i<s} g_i M_i(q_t),  g = softmax_{i<=s}(u_t.p_i / sqrt k),  p_i the mean of x in i",
         "Memory Caching (arXiv 2602.24281)",
-        around(naive_blocks.gated_caching, residual=True),
+        around(naive_blocks.caching, residual=True),
     ),
     "self_modifying_titans": Model(
         self_modifying(),

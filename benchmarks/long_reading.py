@@ -42,7 +42,7 @@ def run(name: str, seed: int, steps: int, rows: int, lr: float) -> dict[str, Any
     base = preset("small")
     config = replace(base, mixer=replace(self_modifying(), rule=RETENTIONS[name]))
     train = TrainConfig(steps=steps, rows=rows, length=LENGTH, learning_rate=lr, warmup_steps=10, seed=seed)
-    bodies = embedded_bodies(held_out_bytes=61_440, seed=seed)["english"]
+    bodies = embedded_bodies(held_out_bytes=58_368, seed=seed)["english"]
     stream = Stream.of(bodies.read, rows=rows, length=LENGTH, reset_share=train.reset_share, seed=seed)
     trainer = Trainer(Decoder(config, seed=seed), train)
     while trainer.step < steps:

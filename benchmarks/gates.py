@@ -1,6 +1,6 @@
 """What linear memories for the gates cost and spare: held-out bits per byte beside those of deep ones, seed by seed.
 
-    python benchmarks/gates.py [--steps 400] [--seeds 4]
+    python benchmarks/gates.py [--steps 400] [--seeds 6]
 
 A small Hope is trained on English documentation with `self_modifying()` as it is, whose step sizes and retention come
 from MLPs, and with `gate_structure=matrix()`, from equal data in equal order, and read on held-out text in pieces of
@@ -37,7 +37,7 @@ STRUCTURES: dict[str, Structure | None] = {"deep": None, "linear": matrix()}
 def run(structure: Structure | None, seed: int, steps: int, rows: int, lr: float) -> dict[str, Any]:
     config = replace(preset("small"), mixer=self_modifying(gate_structure=structure))
     train = TrainConfig(steps=steps, rows=rows, length=LENGTH, learning_rate=lr, warmup_steps=10, seed=seed)
-    bodies = embedded_bodies(held_out_bytes=61_440, seed=seed)["english"]
+    bodies = embedded_bodies(held_out_bytes=40_960, seed=seed)["english"]
     stream = Stream.of(bodies.read, rows=rows, length=LENGTH, reset_share=train.reset_share, seed=seed)
     trainer = Trainer(Decoder(config, seed=seed), train)
     began = time.process_time()
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -491,6 +491,8 @@ MUTANTS = (
         "_bare(expression.structure)",
         "tests/test_self_modifying.py",
     ),
+    Mutant("checks/special.py", "far <= FAR, far", "True, far", "tests/test_special_case_law.py"),
+    Mutant("checks/special.py", "[y.detach(), *gradients]", "[y.detach() * 0.0]", "tests/test_special_case_law.py"),
     Mutant("sequence/linear_caching.py", "y = own * y +", "y = y +", "tests/test_linear_caching.py"),
     Mutant("sequence/tnt.py", "gates, pairs.valid), queries)", "gates), queries)", "tests/test_layout.py"),
     Mutant(

@@ -16,6 +16,7 @@ from .kit import (
 from .learning import reading_invariance, reading_surprise_falls, surprise_falls
 from .options import options_live
 from .report import Finding, Report
+from .special import named_model, special_case
 
 __all__ = [
     "CHECKS",
@@ -28,11 +29,13 @@ __all__ = [
     "gradient_coverage",
     "gradient_exactness",
     "initial_loss",
+    "named_model",
     "options_live",
     "purity",
     "reading_invariance",
     "reading_surprise_falls",
     "rows_independent",
+    "special_case",
     "split_invariance",
     "surprise_falls",
 ]

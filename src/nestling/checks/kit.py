@@ -32,6 +32,7 @@ from .bench import (
 from .learning import reading_invariance, reading_surprise_falls, surprise_falls
 from .options import options_live
 from .report import Finding, Report, skip
+from .special import named_model
 
 
 def check(model: SequenceModel, *, seed: int = 0, only: Collection[str] | None = None, steps: int = 300) -> Report:
@@ -298,6 +299,7 @@ _ALL: tuple[Callable[..., Finding], ...] = (
     reading_invariance,
     surprise_falls,
     reading_surprise_falls,
+    named_model,
     options_live,
     entropy_floor,
 )

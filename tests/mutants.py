@@ -466,6 +466,42 @@ MUTANTS = (
         "tests/test_nested_optimizers.py",
     ),
     Mutant(
+        "optim/named.py", "isinstance(rule, (retain, every))", "isinstance(rule, retain)", "tests/test_optim_states.py"
+    ),
+    Mutant(
+        "optim/adapter.py",
+        "return tensor.float() if tensor.dtype == torch.float16 else tensor",
+        "return tensor",
+        "tests/test_optim_states.py",
+    ),
+    Mutant("optim/adapter.py", "if found and found not in told:", "if not told:", "tests/test_optim_states.py"),
+    Mutant(
+        "optim/adapter.py",
+        "if part.dim() > 2 and rule.elementwise:",
+        "if not part.dim():",
+        "tests/test_optim_states.py",
+    ),
+    Mutant(
+        "optim/adapter.py",
+        "            self.param_groups.pop()\n            raise",
+        "            raise",
+        "tests/test_optim_states.py",
+    ),
+    Mutant("optim/states.py", "for depth in (0, 1, -1, 2, -2):", "for depth in (0,):", "tests/test_optim_states.py"),
+    Mutant(
+        "optim/groups.py",
+        'if finite(self.param_groups, said[0] if said else "raise"):',
+        "if said or not said:",
+        "tests/test_joined.py",
+    ),
+    Mutant("optim/groups.py", '{"params": flat, "flat": True}', '{"params": flat}', "tests/test_joined.py"),
+    Mutant(
+        "memory/feature.py",
+        "torch.cat([keys, -keys], -1)",
+        "torch.cat([keys, keys], -1)",
+        "tests/test_gradient_memory.py",
+    ),
+    Mutant(
         "optim/named.py",
         "        self._take_torchs(param_group)\n        super()",
         "        super()",

@@ -8,6 +8,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,8 @@ TORCHS: dict[str, tuple[tuple[bool | None, ...], str]] = {
 
 class Named(RuleOptimizer):
     """An optimizer whose rule is an expression of its options. Raises ValueError for an option that it has not, or a
-    value out of bounds, in a group too; beside the options: tokens, nonfinite and differentiable as in `RuleOptimizer`.
+    value out of bounds, in a group too; beside the options: tokens, period, flat, nonfinite and differentiable as in
+    `RuleOptimizer`.
     foreach, fused, capturable and decoupled_weight_decay are taken where torch's optimizer of the same name has them
     and None or False, or foreach=True, which is what is done."""
 
@@ -79,6 +81,8 @@ class Named(RuleOptimizer):
         params: Iterable[Any],
         *values: Any,
         tokens: int = 1,
+        period: int = 1,
+        flat: bool = False,
         nonfinite: Literal["raise", "skip"] = "raise",
         differentiable: bool = False,
         **options: Any,
@@ -89,7 +93,9 @@ class Named(RuleOptimizer):
             known(name, signature.parameters, f"option of {type(self).__name__}")
         bound = signature.bind(*values, **options)
         bound.apply_defaults()
-        self._begin(params, dict(bound.arguments), tokens, nonfinite, differentiable)
+        own: dict[str, Any] = {"tokens": tokens, "period": period, "flat": flat}
+        own |= {"nonfinite": nonfinite, "differentiable": differentiable}
+        self._begin(params, dict(bound.arguments) | own)
 
     def _take_torchs(self, options: dict[str, Any]) -> None:
         """Takes out what torch's optimizer of this name is told about how to compute, where that is what is done."""
@@ -132,8 +138,8 @@ def _decoupled(rule: Additive, lr: float | Tensor, weight_decay: float, momentum
 
 def _inside(rule: Rule, outer: type[Additive]) -> Rule:
     """The rule with the direction that `outer` wraps in its place."""
-    if isinstance(rule, retain):
-        return retain(rule.retention, _inside(rule.of, outer))  # type: ignore[arg-type]
+    if isinstance(rule, (retain, every)):
+        return replace(rule, of=_inside(rule.of, outer))  # type: ignore[arg-type]
     return rule.of if isinstance(rule, outer) else rule  # type: ignore[attr-defined]
 
 
@@ -245,14 +251,13 @@ class AdamW(Named):
 class Matrices(Named):
     """An optimizer of matrices [..., out, in]. Raises ValueError for a parameter of fewer than two dims."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        for name, parameter in self._named(self.param_groups[-1]):
-            if parameter.dim() < 2:
-                raise ValueError(
-                    f"{type(self).__name__} steps matrices, but {name} has {parameter.dim()} dims; "
-                    "give it to AdamW (nestling.optim.split_parameters tells which)"
-                )
+    def _check_parameter(self, name: str, parameter: Tensor) -> None:
+        super()._check_parameter(name, parameter)
+        if parameter.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__} steps matrices, but {name} has {parameter.dim()} dims; "
+                "give it to AdamW (nestling.optim.split_parameters tells which)"
+            )
 
 
 def _adjusted(direction: Direction, adjust_lr_fn: str | None) -> Direction:
@@ -460,7 +465,7 @@ class M3(Matrices):
             if paper:
                 summed: Direction = remember(gradient_descent(), step_size=beta)
             else:
-                summed = remember(retain(decay(), gradient_descent()), step_size=1.0 - beta, retention=beta)
+                summed = remember(retain(decay(), gradient_descent()), step_size=round(1.0 - beta, 15), retention=beta)
             return newton_schulz(summed, ns_steps, ns_coefficients, precision=precision)
 
         numerator = orthogonal(fast)

@@ -150,7 +150,10 @@ def _log(kept: float) -> float:
 
 
 class SGD(Named):
-    """torch.optim.SGD: scale(momentum(surprise())), the simplest memory of gradients (equation 33)."""
+    """torch.optim.SGD: scale(momentum(surprise())), the simplest memory of gradients (equations 8 and 33).
+
+    Oracle: torch.optim.SGD, 200 steps at 1e-12 (tests/test_optim_torch.py).
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -175,7 +178,10 @@ PARTS = {"momentum": momentum, "nesterov": nesterov}
 
 
 class Adagrad(Named):
-    """torch.optim.Adagrad: scale(adagrad())."""
+    """torch.optim.Adagrad: scale(adagrad()), v <- v + g^2, W <- W - lr g / (sqrt(v) + eps) (105 without momentum).
+
+    Oracles: torch.optim.Adagrad; the minimiser of 101 (tests/test_nested_optimizers.py).
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -194,7 +200,10 @@ class Adagrad(Named):
 
 
 class RMSprop(Named):
-    """torch.optim.RMSprop: scale(momentum(rmsprop()))."""
+    """torch.optim.RMSprop: scale(momentum(rmsprop())), v <- alpha v + (1 - alpha) g^2 (named in appendix B).
+
+    Oracle: torch.optim.RMSprop.
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -214,7 +223,12 @@ class RMSprop(Named):
 
 
 class Adam(Named):
-    """torch.optim.Adam: scale(adam())."""
+    """torch.optim.Adam: scale(adam()), the unbiased averages m and v of g and g^2 in m / (sqrt(v) + eps) (equations 101
+    to 105, whose sums are averages here).
+
+    Oracles: torch.optim.Adam; the quadratic that it minimises, which is that of 101 where both betas are alike
+    (tests/test_nested_optimizers.py).
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -232,7 +246,10 @@ class Adam(Named):
 
 
 class AdamW(Named):
-    """torch.optim.AdamW: retain(decay(), scale(adam())). Decay of the weights is retention."""
+    """torch.optim.AdamW: retain(decay(), scale(adam())). Decay of the weights is retention.
+
+    Oracle: torch.optim.AdamW.
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -269,8 +286,9 @@ def _adjusted(direction: Direction, adjust_lr_fn: str | None) -> Direction:
 class Muon(Matrices):
     """torch.optim.Muon: retain(decay(), scale(match_spectrum(newton_schulz(nesterov(dampen(surprise())))))).
 
-    Matrices of more than two dims are orthogonalised one by one. precision: that of the Newton-Schulz products,
-    "bfloat16" as in torch, or the "weight"'s own.
+    Matrices of more than two dims are orthogonalised one by one, unless the group is flat. precision: that of the
+    Newton-Schulz products, "bfloat16" as in torch, or the "weight"'s own. Equations 42 to 44. Oracles: the iteration
+    written out in float64; torch.optim.Muon within 2% of an update (tests/test_optim_torch.py).
     """
 
     @staticmethod
@@ -294,8 +312,11 @@ class Muon(Matrices):
 
 
 class FullMatrixAdagrad(Named):
-    """scale(full_matrix_adagrad()): for vectors Adagrad as it was first written, for matrices its left half
-    (equations 106 to 111). beta: with momentum."""
+    """scale(full_matrix_adagrad()): H <- H + g g^T, W <- W - lr (H + eps)^(-1/2) g (equations 106 to 111).
+
+    For vectors Adagrad as it was first written, for matrices its left half; H is [out, out], so that embeddings of many
+    rows are not for it. beta: with momentum. Oracle: eigenvalues (tests/test_nested_optimizers.py).
+    """
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -312,6 +333,7 @@ class DeltaGradientDescent(Named):
 
     form="averaged": outer products of a batch added, eta' = eta / (1 + eta sum |x|^2); "exact": equation 56 solved for
     the whole batch, W (I + eta X X^T)^-1. reduction: what the loss does over rows, and so what X X^T is made to do.
+    Oracle: the direct solve of equation 56 (tests/test_nested_optimizers.py).
     """
 
     @staticmethod
@@ -341,8 +363,8 @@ class DeltaGradientDescent(Named):
 
 
 class PreconditionedMomentum(Named):
-    """momentum(scale(full_matrix_adagrad())): S <- momentum S - lr P g with P = (sum g g^T + eps)^-1/2
-    (equation 47)."""
+    """momentum(scale(full_matrix_adagrad())): S <- momentum S - lr P g with P = (sum g g^T + eps)^-1/2, W <- W + S
+    (equations 46 and 47, which leave P open). Oracle: singular values (tests/test_nested_optimizers.py)."""
 
     @staticmethod
     def expression(  # type: ignore[override]
@@ -356,7 +378,7 @@ class DeltaMomentum(Named):
     """S <- S (momentum I - c g^T g) - c g, W <- W + S (equations 48, 49 with P = I).
 
     form="literal": c = lr, which grows without bound for |g|^2 > (1 + momentum) / lr; "bounded":
-    c = lr / (1 + lr |g|^2).
+    c = lr / (1 + lr |g|^2). Oracle: autograd of equation 48 (tests/test_nested_optimizers.py).
     """
 
     @staticmethod
@@ -376,11 +398,14 @@ class DeltaMomentum(Named):
 
 
 class DeepMomentum(Named):
-    """W <- W + m(u): a memory of gradients with maps of its own (equation 50), each retained by `momentum` towards its
-    start and stepping by lr on the objective; see `gradient_memory` for what it is asked, and what it answers.
+    """W <- W + m(u), m <- m_0 + momentum (m - m_0) - lr d/dm L(m(u)): deep momentum (DMGD, equation 50).
+
+    A memory of gradients with maps of its own, m_0 their start; see `gradient_memory` for what it is asked, and what it
+    answers. With `newton_schulz` around it, equation 52.
 
     structure, objective: of the memory, as expressions, since options are saved: "matrix()" with "dot()" is SGD with
-    momentum. form="ones": the letter of equation 50, whose steps are constant along each row.
+    momentum (34), "matrix()" with "l2()" delta momentum (48). form="ones": the letter of equation 50, whose steps are
+    constant along each row. Oracle: autograd of the objective, each gradient in turn (tests/test_gradient_memory.py).
     """
 
     @staticmethod
@@ -401,11 +426,13 @@ class DeepMomentum(Named):
 
 class GeneralizedGradientDescent(Named):
     """W <- W - lr d/dW L~(W x, u), L~ an objective of one's own over the inputs and surprises of each linear layer
-    (definition 5): for weights of layers seen by `capture`, which must be open around the forward pass, and whose
-    inputs and errors it keeps until the step; gradient descent for the rest.
+    (definition 5, equations 59 and 60, with weight_decay for Ret).
 
+    For weights of layers seen by `capture`, which must be open around the forward pass, and whose inputs and errors it
+    keeps until the step; gradient descent for the rest.
     objective: an expression, such as "huber_norm(bound=0.5)"; an AttentionalBias of one's own is known by its name.
-    reduction: what the loss does over rows.
+    reduction: what the loss does over rows. "dot()" is gradient descent (55), "l2()" delta gradient descent by an
+    explicit step (57). Oracle: autograd of L~ (tests/test_gradient_memory.py).
     """
 
     @staticmethod
@@ -434,6 +461,9 @@ class M3(Matrices):
     mode="paper": the letter, M1, M2 and V plain sums with weights beta1, beta3, beta2; the orthogonalisation makes the
     step blind to beta1 and beta3. mode="ema": decaying averages, V unbiased, and each matrix moved by root mean square
     lr. Further levels: `periods` of more than one entry, each with a memory of its own. Values are not in the paper.
+
+    Five numbers are kept for one of a weight: M1, V, M2, the sum of a period's gradients, and what M2 said. Oracle: the
+    algorithm written out (tests/test_nested_optimizers.py).
     """
 
     @staticmethod

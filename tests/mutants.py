@@ -487,6 +487,8 @@ MUTANTS = (
         "            raise",
         "tests/test_optim_states.py",
     ),
+    Mutant("memory/rule.py", "state.inputs, tokens=1)", "state.inputs, tokens=0)", "tests/test_optim_states.py"),
+    Mutant("optim/adapter.py", "parameter.dtype, pairs, cut,", "parameter.dtype, cut,", "tests/test_capture.py"),
     Mutant("optim/states.py", "for depth in (0, 1, -1, 2, -2):", "for depth in (0,):", "tests/test_optim_states.py"),
     Mutant(
         "optim/groups.py",

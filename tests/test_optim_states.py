@@ -230,6 +230,20 @@ class TestPeriod:
             moved.append(not torch.equal(layer.weight, before))
         assert moved == [False, True] * 2
 
+    def test_a_clock_inside_counts_ticks(self):
+        """M3 on every third sum of gradients; its slow memory speaks from its own second step on."""
+        found = []
+        for period, size in ((3, 0.3), (1, 0.1)):
+            weight = nn.Parameter(normal(4, 3))
+            optimizer = M3([weight], lr=size, period=period, periods=2, precision="weight")
+            for tick in range(5):
+                parts = [normal(4, 3, seed=3 * tick + i) for i in range(3)]
+                for gradient in parts if period == 3 else [sum(parts)]:
+                    weight.grad = gradient.clone()
+                    optimizer.step()
+            found.append(weight.detach())
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
     def test_what_was_not_captured_descends_on_its_clock(self):
         weight, start = nn.Parameter(normal(4, 3)), normal(4, 3)
         run(weight, optim.DeltaGradientDescent([weight], lr=0.2, weight_decay=0.5, period=2), range(2))

@@ -197,7 +197,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None and parameter.numel():
                 known = not (rule.needs_inputs or rule.needs_pairs) or parameter in self.captured
                 cut = (parameter.placements, bool(self.state.get(parameter))) if is_sharded(parameter) else None
-                key = (parameter.shape, parameter.dtype, cut, parameter.device, known)
+                pairs = self.captured[parameter].rows if rule.needs_pairs and known else 0
+                key = (parameter.shape, parameter.dtype, pairs, cut, parameter.device, known)
                 alike.setdefault(key, []).append(parameter)
         for (*_, cut, device, known), members in alike.items():
             own = rule if known else self.without_inputs(rule)

@@ -466,7 +466,10 @@ MUTANTS = (
         "tests/test_nested_optimizers.py",
     ),
     Mutant(
-        "optim/named.py", "isinstance(rule, (retain, every))", "isinstance(rule, retain)", "tests/test_optim_states.py"
+        "optim/options.py",
+        "isinstance(rule, (retain, every))",
+        "isinstance(rule, retain)",
+        "tests/test_optim_states.py",
     ),
     Mutant(
         "optim/adapter.py",
@@ -504,7 +507,7 @@ MUTANTS = (
         "tests/test_gradient_memory.py",
     ),
     Mutant(
-        "optim/named.py",
+        "optim/options.py",
         "        self._take_torchs(param_group)\n        super()",
         "        super()",
         "tests/test_optim_behaviour.py",

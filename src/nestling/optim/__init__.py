@@ -6,19 +6,14 @@ from .groups import Joined, for_model, split_parameters
 from .named import (
     M3,
     OPTIMIZERS,
-    SGD,
-    Adagrad,
-    Adam,
-    AdamW,
     DeepMomentum,
     DeltaGradientDescent,
     DeltaMomentum,
     FullMatrixAdagrad,
     GeneralizedGradientDescent,
-    Muon,
     PreconditionedMomentum,
-    RMSprop,
 )
+from .torchs import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
 
 __all__ = [
     "M3",

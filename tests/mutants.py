@@ -491,6 +491,7 @@ MUTANTS = (
         "tests/test_optim_states.py",
     ),
     Mutant("memory/rule.py", "state.inputs, tokens=1)", "state.inputs, tokens=0)", "tests/test_optim_states.py"),
+    Mutant("optim/adapter.py", "self._begin_states(own, members, group)", "pass", "tests/test_optim_states.py"),
     Mutant("optim/adapter.py", "parameter.dtype, pairs, cut,", "parameter.dtype, cut,", "tests/test_capture.py"),
     Mutant("optim/states.py", "for depth in (0, 1, -1, 2, -2):", "for depth in (0,):", "tests/test_optim_states.py"),
     Mutant(

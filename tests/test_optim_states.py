@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nestling import optim
-from nestling.memory import normalize
+from nestling.memory import Rule, normalize
 from nestling.optim import M3, OPTIMIZERS, SGD, Adam, AdamW, Muon, to_optimizer
 from nestling.optim.states import renamed
 
@@ -281,3 +282,28 @@ def test_a_counter_of_filters_is_one_number():
     optimizer = Adam([weight])
     run(weight, optimizer, range(2))
     assert optimizer.state[weight]["steps"].shape == ()
+
+
+class _tells(Rule, abstract=True):
+    """Stands still, and notes in which order its functions were called."""
+
+    told: ClassVar[list[str]] = []
+
+    def init(self, weight):
+        self.told.append("init")
+        return (torch.zeros_like(weight),)
+
+    def step(self, weight, gradient, state, gates):
+        self.told.append("step")
+        return weight, state
+
+
+def test_states_are_begun_before_any_step():
+    weights = [nn.Parameter(normal(rows, 3)) for rows in (2, 3, 4)]
+    optimizer = to_optimizer(_tells(), weights)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    _tells.told.clear()
+    optimizer.step()
+    assert _tells.told.count("step") == 3
+    assert _tells.told[-3:] == ["step"] * 3

@@ -7,7 +7,7 @@ Rounds are interleaved; medians, medians of the rounds' ratios and ratios of the
 that were set, which hold if the worse of the two does. Memory is told three times, in MB above parameters and
 gradients, each optimizer in a process of its own: `state_mb` is what its state holds, `held_mb` the peak of a few steps
 where every tensor has pages of its own (what is needed), `peak_mb` the peak as glibc's heap has it, with holes that
-nothing is in (what is taken; it varies by a quarter). On a GPU, whose allocator has no such holes, `held_mb` alone.
+nothing is in (what is taken). On a GPU, whose allocator has no such holes, `held_mb` alone.
 Results go to benchmarks/results/optimizers.json, those of a GPU to optimizers_cuda.json.
 """
 

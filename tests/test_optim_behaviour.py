@@ -410,11 +410,11 @@ def test_to_maximize_is_to_minimize_minus_it(name):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Muon", "M3", "FullMatrixAdagrad", "DeltaMomentum"])
+@pytest.mark.parametrize("name", NAMES)
 def test_differentiable_in_the_learning_rate_and_the_start(name):
     def after(rate: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         weight = start.clone()
-        extra = {"precision": "weight"} if name in ("Muon", "M3") else {}
+        extra = {"M3": {"precision": "weight", "periods": 2}, "Muon": {"precision": "weight"}}.get(name, {})
         optimizer = OPTIMIZERS[name]([weight.detach()], lr=rate, differentiable=True, **extra)
         optimizer.param_groups[0]["params"] = [weight]
         for _ in range(3):

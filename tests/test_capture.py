@@ -1,5 +1,7 @@
 """What `capture` notes of layers, and what becomes of it when gradients are scaled, clipped, skipped or coarser."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -193,3 +195,22 @@ def test_a_grouped_convolution_descends():
         net(x).square().mean().backward()
     optimizer.step()
     same(net.weight, before - 0.3 * net.weight.grad)
+
+
+def test_layers_of_one_shape_may_see_different_numbers_of_rows():
+    """Beside each layer stepped by an optimizer of its own."""
+    found = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        one, two = (nn.Linear(4, 4, bias=False).double() for _ in range(2))
+        groups = [[one.weight, two.weight]] if together else [[one.weight], [two.weight]]
+        optimizers = [GeneralizedGradientDescent(group, lr=0.1) for group in groups]
+        with contextlib.ExitStack() as captures:
+            for optimizer in optimizers:
+                captures.enter_context(optimizer.capture(nn.ModuleList([one, two])))
+            loss = two(one(normal(6, 4)).tanh()[:2]).square().mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(torch.stack([one.weight, two.weight]))
+    same(*found, 1e-13)

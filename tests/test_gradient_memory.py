@@ -23,6 +23,7 @@ from nestling.memory import (
     gradient_memory,
     huber_norm,
     identity,
+    kl,
     l2,
     lift,
     lp,
@@ -38,6 +39,8 @@ from nestling.memory import (
     retain,
     retain_first,
     scale,
+    sigmoid,
+    signed,
     surprise,
 )
 from nestling.optim import DeepMomentum, GeneralizedGradientDescent, Muon, to_optimizer
@@ -85,12 +88,18 @@ STRUCTURES = {
     gated_mlp(): gated,
     biased(matrix()): with_bias,
 }
+
+
+def huber(answer: Tensor, wanted: Tensor, bound: float) -> Tensor:
+    return sum(
+        0.5 * r @ r if float(r.detach().norm()) <= bound else bound * (r.norm() - bound / 2) for r in answer - wanted
+    )
+
+
 OBJECTIVES = {
     dot(): lambda answer, wanted: -(answer * wanted).sum(),
     l2(): lambda answer, wanted: 0.5 * (answer - wanted).square().sum(),
-    huber_norm(0.7): lambda answer, wanted: sum(
-        0.5 * r @ r if float(r.detach().norm()) <= 0.7 else 0.7 * (r.norm() - 0.35) for r in answer - wanted
-    ),
+    huber_norm(0.7): lambda answer, wanted: huber(answer, wanted, 0.7),
 }
 
 
@@ -278,13 +287,15 @@ class TestOptimizers:
         GeneralizedGradientDescent([weight], lr=0.1, weight_decay=0.5).step()
         same(weight, 0.95 * start - 0.1 * normal(3, 5, seed=1))
 
-    def test_an_optimizer_that_nobody_has_published(self):
-        """A Huber bias over gradients, retained in an l_q geometry, orthogonalised as it is read."""
-        memory = gradient_memory(matrix(), huber_norm(0.5), retain(lq(3.0), gradient_descent()), step_size=0.5)
+    @pytest.mark.parametrize("retention", [kl(), kl(scale=4.0), sigmoid(), lq(3.0)], ids=repr)
+    def test_optimizers_that_nobody_has_published(self, retention):
+        """A Huber bias over gradients, KL retention (or another geometry), orthogonalised as it is read."""
+        structure = matrix() if retention == lq(3.0) else features(matrix(), signed())
+        memory = gradient_memory(structure, huber_norm(0.5), retain(retention, gradient_descent()), step_size=0.5)
         net = self.net()
         rule = scale(newton_schulz(memory))
-        losses = self.losses(net, to_optimizer(rule, net.parameters(), step_size=0.02, retention=0.9), 80)
-        assert losses[-1] < 0.3 * losses[0]
+        losses = self.losses(net, to_optimizer(rule, net.parameters(), step_size=0.02, retention=0.9), 100)
+        assert losses[-1] < 0.2 * losses[0]
 
     def test_the_gated_delta_rule_as_a_momentum(self):
         """Written out: m' = a m, then m' - c (m' g^T + I) g."""
@@ -332,6 +343,34 @@ class TestOptimizers:
 def test_what_does_not_fit_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_momentum_on_the_simplex_is_exponentiated_gradient_with_both_signs():
+    """Kivinen and Warmuth: W+ and W- of each row on one simplex, multiplied by exp(-eta g) and normalised; with
+    retention their logarithms decay first. The objective's slope by autograd."""
+    rule = gradient_memory(features(matrix(), signed()), huber_norm(0.5), retain(kl(2.0)), step_size=0.3, retention=0.8)
+    weight = normal(3, 5)
+    state, both = rule.init(weight), torch.full((3, 10), 0.2, dtype=F64)
+    for seed in range(5):
+        g = normal(3, 5, seed=seed + 1)
+        at = both.clone().requires_grad_()
+        answers = g @ (at[:, :5] - at[:, 5:]).T
+        slope = torch.autograd.grad(huber(answers, -torch.eye(3, dtype=F64), 0.5), at)[0]
+        both = (both / 2) ** 0.8 * torch.exp(-0.3 * slope)
+        both = 2 * both / both.sum(-1, keepdim=True)
+        update, state = rule.update(weight, Summed(g), state, Gates())
+        same(update, both[:, :5] - both[:, 5:])
+    assert float(update.abs().max()) > 0.1
+
+
+def test_a_momentum_on_the_simplex_without_signs_is_no_descent():
+    """All that it says is positive, whatever the gradient."""
+    rule = gradient_memory(matrix(), huber_norm(0.5), retain(kl(), gradient_descent()), step_size=0.3, retention=0.8)
+    weight, g = normal(3, 5), normal(3, 5).abs()
+    update, _ = rule.update(weight, Summed(-g), rule.init(weight), Gates())
+    assert bool((update > 0).all())
+    update, _ = rule.update(weight, Summed(g), rule.init(weight), Gates())
+    assert bool((update > 0).all())
 
 
 def test_lifted_by_the_identity_is_the_gradient():

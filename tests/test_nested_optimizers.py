@@ -413,7 +413,7 @@ class TestM3:
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
-        (scale(newton_schulz()), "momentum S: layer inputs -> surprises"),
+        (scale(newton_schulz()), "momentum S, orthogonalised: layer inputs -> surprises"),
         (
             every(8, retain(decay(), gradient_descent())),
             "weights W: layer inputs -> surprises; minimise <W x, u> (9)",
@@ -434,5 +434,5 @@ def test_explain_tells_of_adams_two_memories_at_one_level():
     assert told.count("every step") == 3
     assert "first moment" in told
     assert "second moment" in told
-    with pytest.raises(ValueError, match="not SGD"):
-        explain(torch.optim.SGD([nn.Parameter(normal(3, 4))]))
+    with pytest.raises(ValueError, match="not Rprop"):
+        explain(torch.optim.Rprop([nn.Parameter(normal(3, 4))]))

@@ -1,7 +1,6 @@
 """What users of torch.optim expect of every optimizer: groups, states, schedulers, closures, scaling, refusals."""
 
 import copy
-import functools
 import inspect
 import io
 import math
@@ -12,7 +11,7 @@ from torch import nn
 
 from nestling import optim
 from nestling.memory import Rule, decay, every, momentum, retain
-from nestling.optim import M3, OPTIMIZERS, SGD, Adam, AdamW, Joined, Muon, for_model, split_parameters, to_optimizer
+from nestling.optim import M3, OPTIMIZERS, SGD, Adam, AdamW, Muon, to_optimizer
 
 NAMES = sorted(OPTIMIZERS)
 F64 = torch.float64
@@ -411,11 +410,11 @@ def test_to_maximize_is_to_minimize_minus_it(name):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Muon", "M3", "FullMatrixAdagrad", "DeltaMomentum"])
+@pytest.mark.parametrize("name", NAMES)
 def test_differentiable_in_the_learning_rate_and_the_start(name):
     def after(rate: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         weight = start.clone()
-        extra = {"precision": "weight"} if name in ("Muon", "M3") else {}
+        extra = {"M3": {"precision": "weight", "periods": 2}, "Muon": {"precision": "weight"}}.get(name, {})
         optimizer = OPTIMIZERS[name]([weight.detach()], lr=rate, differentiable=True, **extra)
         optimizer.param_groups[0]["params"] = [weight]
         for _ in range(3):
@@ -477,106 +476,3 @@ def test_a_rule_may_remember_the_weight_itself(size, monkeypatch):
         for parameter, old in zip(net.parameters(), before, strict=True):
             assert torch.equal(optimizer.state[parameter]["0"], old)
             assert not torch.equal(parameter, old)
-
-
-def tied_model() -> nn.Module:
-    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "up": nn.Linear(4, 6), "head": nn.Linear(4, 7, bias=False)})
-    model["head"].weight = model["embedding"].weight
-    model["frozen"] = nn.Linear(4, 4).requires_grad_(False)
-    return model
-
-
-def test_a_model_is_split_into_matrices_and_the_rest():
-    matrices, rest = split_parameters(tied_model())
-    assert [name for name, _ in matrices] == ["up.weight"]
-    assert [name for name, _ in rest] == ["embedding.weight", "up.bias"]
-
-
-def test_joined_optimizers_step_save_and_are_scheduled_as_one():
-    models = [tied_model() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    joined = [for_model(model, functools.partial(Muon, lr=0.1)) for model in models]
-    scheduler = torch.optim.lr_scheduler.StepLR(joined[0], 1, gamma=0.5)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        model["up"](model["embedding"](torch.arange(7))).square().sum().backward()
-        optimizer.step()
-
-    step(models[0], joined[0])
-    scheduler.step()
-    assert [group["lr"] for group in joined[0].param_groups] == [0.05, 0.0005]
-    assert [type(o) for o in joined[0].optimizers] == [Muon, torch.optim.AdamW]
-    models[1].load_state_dict(models[0].state_dict())
-    joined[1].load_state_dict(copy.deepcopy(joined[0].state_dict()))
-    for model, optimizer in zip(models, joined, strict=True):
-        step(model, optimizer)
-    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(one, two)
-    with pytest.raises(ValueError, match="in two of the optimizers"):
-        Joined([SGD(models[0].parameters()), SGD(models[0].parameters())])
-
-
-def pair_of_joined() -> tuple[list[nn.Module], list[Joined]]:
-    """Two models alike; the optimizer of the first has stepped, the model of the second has its weights."""
-    models = [nn.ModuleDict({"embedding": nn.Embedding(7, 4), "up": nn.Linear(4, 6)}) for _ in range(2)]
-    joined = [for_model(model, functools.partial(Muon, lr=0.1)) for model in models]
-    for _ in range(2):
-        step_joined(models[0], joined[0])
-    models[1].load_state_dict(models[0].state_dict())
-    return models, joined
-
-
-def step_joined(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    model["up"](model["embedding"](torch.arange(7))).square().sum().backward()
-    optimizer.step()
-
-
-@pytest.mark.parametrize("way", ["torch's layout", "a list", "deepcopy", "distributed checkpoint"])
-def test_joined_optimizers_are_handed_on(way):
-    models, (one, two) = pair_of_joined()
-    if way == "torch's layout":
-        saved = one.state_dict()
-        assert [group["params"] for group in saved["param_groups"]] == [[0], [1, 2]]
-        assert set(saved["state"]) == {0, 1, 2}
-        two.load_state_dict(copy.deepcopy(saved))
-    elif way == "a list":
-        two.load_state_dict({"optimizers": [copy.deepcopy(own.state_dict()) for own in one.optimizers]})
-    elif way == "deepcopy":
-        models[1], two = copy.deepcopy((models[0], one))
-        assert two.param_groups[0] is two.optimizers[0].param_groups[0]
-    else:
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-        saved = get_optimizer_state_dict(models[0], one)
-        assert set(saved["state"]) >= {"up.weight", "up.bias"}
-        set_optimizer_state_dict(models[1], two, copy.deepcopy(saved))  # what is saved is live, as torch's is
-    for model, optimizer in zip(models, (one, two), strict=True):
-        step_joined(model, optimizer)
-    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(left, right)
-
-
-def test_joined_optimizers_have_their_members_states_and_take_no_group():
-    models, (one, two) = pair_of_joined()
-    weight = models[0]["up"].weight
-    assert one.state[weight] is one.optimizers[0].state[weight]
-    assert len(one.state) == 3
-    del one.state[weight]
-    assert weight not in one.optimizers[0].state
-    with pytest.raises(KeyError):
-        one.state[models[1]["up"].weight]
-    with pytest.raises(ValueError, match="which optimizer is to step the group"):
-        two.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    with pytest.raises(ValueError, match="the state has 1 parameter groups, needed 2"):
-        two.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
-    with pytest.raises(ValueError, match="at least one optimizer"):
-        Joined([])
-
-
-def test_the_rest_is_fused_where_torch_can():
-    groups = [for_model(tied_model().to(dtype)).param_groups[1] for dtype in (torch.float32, torch.bfloat16)]
-    assert [group["fused"] for group in groups] == [True, True]
-    complex_one = optim.groups._adamw([("w", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))])
-    assert complex_one.param_groups[0]["foreach"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nestling.optim import OPTIMIZERS
+from nestling.optim import OPTIMIZERS, explain_all
 
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 
@@ -45,3 +45,15 @@ def test_the_table_says_what_the_optimizers_are(name, options):
     optimizer = OPTIMIZERS[name]([nn.Parameter(torch.zeros(2, 3))], **options)
     rule, _ = optimizer.express(optimizer.param_groups[0])
     assert f"`{rule!r}`" in PAGE.read_text()
+
+
+def test_the_page_tells_which_optimizer_is_which_memory():
+    assert explain_all() in PAGE.read_text(), "print(nestling.optim.explain_all()) again"
+    assert all(f"| `{name}` | weights W |" in explain_all() for name in OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_names_its_equation_and_its_oracle(name):
+    told = OPTIMIZERS[name].__doc__
+    assert "Oracle" in told
+    assert "quation" in told or "lgorithm" in told or name in ("Adagrad", "AdamW", "RMSprop")

@@ -42,6 +42,6 @@ def test_sharded_is_unsharded():
     for rank, (out, error) in zip(ranks, told, strict=True):
         assert rank.returncode == 0, error
         found = dict(line.split() for line in out.splitlines())
-        assert set(found) >= {"AdamW", "Muon", "M3", "DeltaGradientDescent"}
+        assert set(found) >= {"AdamW", "Muon", "M3", "DeltaGradientDescent", "for_model"}
         for name, difference in found.items():
             assert float(difference) < 1e-11, name

@@ -75,7 +75,7 @@ def _tick(levels: tuple[level, ...], state: LevelsState) -> tuple[Weights, ...]:
             found.append(maps)
             continue
         gates = lvl.gates._replace(step_size=lvl.step_size / lvl.period)
-        gradients = [Summed(own.gradient, own.inputs, tokens=0) for own in states]
+        gradients = [Summed(own.gradient, own.inputs, tokens=1) for own in states]
         found.append(
             tuple(
                 lvl.rule.step(weight, gradient, lvl.rule.anchor(own.of), gates)[0]

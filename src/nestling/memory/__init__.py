@@ -15,7 +15,7 @@ from .attentional_bias import (
     value_shift,
 )
 from .compound import biased, features, normed
-from .feature import FeatureMap, elu_plus_one, exponential, identity, odd_power, polynomial
+from .feature import FeatureMap, elu_plus_one, exponential, identity, odd_power, polynomial, signed
 from .gradient_memory import generalized_gradient_descent, gradient_memory, lift
 from .nested import add, delta_momentum, gradient_keys, remember
 from .oja import oja
@@ -138,6 +138,7 @@ __all__ = [
     "row_norm",
     "scale",
     "sigmoid",
+    "signed",
     "slow_down",
     "surprise",
     "unit_rms",

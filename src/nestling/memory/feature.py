@@ -70,6 +70,19 @@ class odd_power(FeatureMap):
 
 
 @dataclass(frozen=True, repr=False)
+class signed(FeatureMap):
+    """phi(k) = [k, -k]: a memory whose weights are all positive, as kl() and sigmoid() keep them, says W+ k - W- k, and
+    so tells k from -k. Source: exponentiated gradient with both signs (Kivinen and Warmuth 1997). Oracle: that written
+    out (tests/test_gradient_memory.py)."""
+
+    def width(self, key_dim: int) -> int:
+        return 2 * key_dim
+
+    def features(self, keys: Tensor) -> Tensor:
+        return torch.cat([keys, -keys], -1)
+
+
+@dataclass(frozen=True, repr=False)
 class _monomials(FeatureMap, abstract=True):
     """All monomials of the channels up to `degree`, C(k + degree, degree) of them, each with a weight."""
 

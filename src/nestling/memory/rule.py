@@ -563,7 +563,7 @@ class every(Rule):
     step_size / period; off the clock nothing changes, retention included. Equation 71.
 
     A gradient that sums more tokens than are left of a period still makes one step, at the tick, of all that
-    was summed. period=inf never steps.
+    was summed. period=inf never steps. The clock of a memory inside, `remember(every(...))`, counts ticks.
 
     timed: the period is a length of time, any number > 0, and so is what a gradient says of its `tokens`: how long
     its sample stands for. With gradients that are integrals over that time (gradient times duration) the finer a
@@ -648,7 +648,7 @@ class every(Rule):
     def change(self, weight: Tensor, state: EveryState, gates: Gates) -> Change:
         """What a tick makes of the weight and of the state inside; nothing is changed yet."""
         gates = gates._replace(step_size=gates.step_size / self.period)
-        summed, inner = Summed(state.gradient, state.inputs, tokens=0), self.of.anchor(state.of)
+        summed, inner = Summed(state.gradient, state.inputs, tokens=1), self.of.anchor(state.of)
         if isinstance(self.of, Direction):
             added, times, inner = self.of.scaled(weight, summed, inner, gates)
             return Change(weight, times, added, inner)

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.part import known as require_known
-from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, retain_first
+from nestling.memory.rule import Gates, Gradient, Pairs, Rule, Summed, every, retain_first
 from nestling.memory.state import clone, flatten, map_tensors, unflatten
 
 from .capture import Captured, as_the_gradient_is, captured_into
-from .sharded import Deal, averaged, deal, everywhere, is_sharded, like, local
+from .finite import finite, with_names
+from .sharded import Deal, averaged, deal, is_sharded, like, local
+from .states import apart, joined, leaves, renamed, stack, unstack
 
 PIECE = {"cpu": 1 << 17, "other": 1 << 24}
 """Entries stepped together: on a CPU what its cache holds, with all that a rule computes of them; else so many that
@@ -28,12 +29,14 @@ NOTES = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "bas
 class RuleOptimizer(torch.optim.Optimizer):
     """Steps parameters by a `Rule`: weight, state <- rule.step(weight, gradient, state, gates).
 
-    Each group holds its gates: lr (the step size), momentum, retention (the fraction kept), and tokens: how many
-    tokens (or steps) one gradient sums, which is what `every` counts. A parameter [..., out, in] of more than two
-    dims is as many matrices (that of a convolution seen by `capture` is one, [out, in * kernel]); of fewer, a column.
-    Parameters of one shape are stepped together, up to PIECE entries at once: small ones in one go, on a CPU large
-    ones one by one, and those of rules that act entry by entry in pieces that fit the cache. Rules that need the
-    inputs of a layer (delta_gradient_descent, normalize) learn them from `capture(module)`.
+    Each group holds its gates: lr (the step size), momentum, retention (the fraction kept); tokens: how many tokens
+    (or steps) one gradient sums; and period: the group's rule is every(period, rule), which counts them. A parameter
+    [..., out, in] of more than two dims is as many matrices; where the group is `flat`, or a convolution was seen by
+    `capture`, it is one, [out, in * kernel]; of fewer dims, a column. Parameters of one shape are stepped together, up
+    to PIECE entries at once: small ones in one go, on a CPU large ones one by one, and those of rules that act entry by
+    entry in pieces that fit the cache. Parameters in float16 are stepped, and their states kept, in float32; all others
+    in their own dtype. Rules that need the inputs of a layer (delta_gradient_descent, normalize) learn them from
+    `capture(module)`.
 
     nonfinite: a gradient that is not finite "raise"s FloatingPointError with the parameter's name before anything
     has changed, or the whole step is "skip"ped and counted in `skipped`. differentiable: steps are recorded by
@@ -50,6 +53,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         momentum: float = 0.9,
         retention: float = 1.0,
         tokens: int = 1,
+        period: int = 1,
+        flat: bool = False,
         nonfinite: Literal["raise", "skip"] = "raise",
         differentiable: bool = False,
     ) -> None:
@@ -63,16 +68,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{rule} takes its gradient at decayed weights, torch took it before; use retain(...)")
         self.rule = rule
         gates = {"lr": step_size, "momentum": momentum, "retention": retention}
-        self._begin(params, gates, tokens, nonfinite, differentiable)
+        own = {"tokens": tokens, "period": period, "flat": flat}
+        self._begin(params, gates | own | {"nonfinite": nonfinite, "differentiable": differentiable})
 
-    def _begin(
-        self, params: Iterable[Any], options: dict[str, Any], tokens: int, nonfinite: str, differentiable: bool
-    ) -> None:
+    def _begin(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self.captured: dict[Tensor, Captured] = {}
         self.forms: dict[Any, Any] = {}
         self.compiled: dict[Rule, Callable[..., tuple[Tensor, Any]]] = {}
         self.skipped = 0
-        defaults = options | {"tokens": tokens, "nonfinite": nonfinite, "differentiable": differentiable}
         self._check(defaults)
         super().__init__(params, defaults)
 
@@ -87,6 +90,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             if not 0 <= group[name] <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {group[name]}")
         return self.rule, Gates(group["lr"], group["momentum"], math.log(kept) if kept > 0 else -math.inf)
+
+    def clocked(self, group: dict[str, Any]) -> tuple[Rule, Gates]:
+        """What `express` says, on the group's own clock."""
+        rule, gates = self.express(group)
+        return (rule if group["period"] == 1 else every(group["period"], rule)), gates
 
     def without_inputs(self, rule: Rule) -> Rule:
         """The rule for a parameter whose layer's inputs were not captured."""
@@ -104,29 +112,31 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {group['nonfinite']!r}")
         if not group["lr"] >= 0:
             raise ValueError(f"lr must be >= 0, got {group['lr']}")
-        self.express(group)
+        self.clocked(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         for name in param_group.keys() - NOTES:
             require_known(name, self.defaults, f"option of a group of {type(self).__name__}")
         self._check(self.defaults | param_group)
         super().add_param_group(param_group)
-        for name, parameter in self._named(self.param_groups[-1]):
-            if parameter.is_complex():
-                raise ValueError(f"{name} is complex, a rule acts on real ones: optimize torch.view_as_real of it")
+        try:
+            for name, parameter in with_names(self.param_groups[-1]):
+                self._check_parameter(name, parameter)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        told = group.get("param_names")
-        for index, parameter in enumerate(group["params"]):
-            name = f"{told[index]!r}" if told else f"{index} of a group, of shape {list(parameter.shape)}"
-            yield f"parameter {name}", parameter
+    def _check_parameter(self, name: str, parameter: Tensor) -> None:
+        """Raises ValueError for one that the rule cannot step."""
+        if parameter.is_complex():
+            raise ValueError(f"{name} is complex, a rule acts on real ones: optimize torch.view_as_real of it")
 
     @contextmanager
     def capture(self, module: nn.Module) -> Iterator[None]:
         """While open, sums x x^T over the inputs of every nn.Linear of the module, and over the patches of every
         nn.Conv1d to 3d that has one group, as backward() passes them, until the next step or `zero_grad`; for rules
         that need every pair it keeps the inputs, and the errors that backward() brings to the outputs."""
-        rules = [self.express(group)[0] for group in self.param_groups]
+        rules = [self.clocked(group)[0] for group in self.param_groups]
         if any(rule.needs_inputs or rule.needs_pairs for rule in rules):
             with captured_into(self.captured, module, pairs=any(rule.needs_pairs for rule in rules)):
                 yield
@@ -150,7 +160,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._finite():
+        if finite(self.param_groups):
             self._fit_pairs()
             for group in self.param_groups:
                 with torch.set_grad_enabled(group["differentiable"]):
@@ -160,50 +170,40 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.captured.clear()
         return loss
 
-    def _finite(self) -> bool:
-        """Is every gradient finite? Raises where a group asks for it."""
-        for group in self.param_groups:
-            named = [(name, p.grad) for name, p in self._named(group) if p.grad is not None]
-            for name, grad in named:
-                if grad.layout != torch.strided:
-                    raise ValueError(f"the gradient of {name} is sparse; a rule acts on dense ones: use sparse=False")
-            sums = [local(grad.detach()).sum(dtype=torch.float32) for _, grad in named]
-            # a sum that is finite has finite terms; one that is not may have overflowed
-            fine = torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all() if sums else torch.tensor(True)
-            if bool(everywhere(fine, group["params"])):
-                continue
-            each = torch.stack([local(grad.detach()).isfinite().all().to(fine.device) for _, grad in named])
-            right = everywhere(each, group["params"]).tolist()
-            wrong = [name for (name, _), own in zip(named, right, strict=True) if not own]
-            if wrong and group["nonfinite"] == "raise":
-                raise FloatingPointError(f"the gradient of {wrong[0]} is not finite; nothing was changed")
-            if wrong:
-                return False
-        return True
-
     def _fit_pairs(self) -> None:
         """Pairs are what backward() saw; what was done to their sum since, in `.grad`, is done to them."""
         if not any(known.errors for known in self.captured.values()):
             return
-        for name, parameter in (named for group in self.param_groups for named in self._named(group)):
+        for name, parameter in (named for group in self.param_groups for named in with_names(group)):
             if parameter in self.captured and parameter.grad is not None and not is_sharded(parameter):
                 self.captured[parameter] = as_the_gradient_is(name, self.captured[parameter], parameter.grad)
 
-    def _matrix(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """A parameter as what the rule steps: of a convolution whose patches were captured, one matrix."""
+    def _is_flat(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Is a parameter of more than two dims one matrix?"""
+        return parameter.dim() > 2 and (group["flat"] or parameter in self.captured)
+
+    def _matrix(self, rule: Rule, parameter: Tensor, part: Tensor, group: dict[str, Any]) -> Tensor:
+        """A parameter as what the rule steps."""
         if parameter.dim() < 2:
             return part.reshape(-1, 1)
-        return part.flatten(1) if part.dim() > 2 and parameter in self.captured else part
+        if part.dim() > 2 and rule.elementwise:
+            return part.reshape(-1, part.shape[-1])  # one count for all of it, as where it is stepped in pieces
+        return part.flatten(1) if self._is_flat(parameter, group) else part
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        rule, gates = self.express(group)
+        rule, gates = self.clocked(group)
         alike: dict[Any, list[Tensor]] = {}
         for parameter in group["params"]:
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.numel():
                 known = not (rule.needs_inputs or rule.needs_pairs) or parameter in self.captured
                 cut = (parameter.placements, bool(self.state.get(parameter))) if is_sharded(parameter) else None
-                key = (parameter.shape, parameter.dtype, cut, parameter.device, known)
+                pairs = self.captured[parameter].rows if rule.needs_pairs and known else 0
+                key = (parameter.shape, parameter.dtype, pairs, cut, parameter.device, known)
                 alike.setdefault(key, []).append(parameter)
+        for (*_, cut, _, known), members in alike.items():
+            own = rule if known else self.without_inputs(rule)
+            if cut is None or own.elementwise:
+                self._begin_states(own, members, group)
         for (*_, cut, device, known), members in alike.items():
             own = rule if known else self.without_inputs(rule)
             size = PIECE["cpu" if device.type == "cpu" else "other"]
@@ -218,6 +218,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for first in range(0, len(members), each):
                     self._step_stack(own, members[first : first + each], gates, group)
 
+    def _begin_states(self, rule: Rule, members: list[Tensor], group: dict[str, Any]) -> None:
+        """All that have none yet, before any step is made: what steps need meanwhile would leave holes between them, of
+        which M3's peak was a quarter."""
+        for parameter in members:
+            if not self.state[parameter]:
+                self._start(rule, _computed(self._matrix(rule, parameter, local(parameter), group)), parameter)
+
     def _compiled(self, rule: Rule) -> Callable[..., tuple[Tensor, Any]]:
         """The rule's step, compiled where the step of the optimizer is."""
         if not self.compiling:
@@ -229,11 +236,27 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _start(self, rule: Rule, weight: Tensor, parameter: Tensor) -> Any:
         """The rule's state for one parameter seen as `weight`, begun or as it was left."""
         if not self.state[parameter]:  # begun whole, before any work is done between its tensors
-            self._keep(parameter, weight, _apart(rule.init(weight.detach())))
-        stored = self.state[parameter]
+            self._keep(parameter, weight, apart(rule.init(weight.detach())))
         form, shapes = self._form(rule, weight)
-        flat = {name: local(tensor).reshape(shapes[name]) for name, tensor in stored.items() if name in shapes}
+        stored = self._renamed(rule, parameter, shapes)
+        flat = {name: local(tensor).reshape(shapes[name]) for name, tensor in stored.items()}
+        if missing := shapes.keys() - flat.keys():
+            begun = flatten(apart(rule.init(weight.detach())))
+            flat |= {name: begun[name] for name in missing}
         return unflatten(form, flat)
+
+    def _renamed(self, rule: Rule, parameter: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """The parameter's state by the names of this rule, whatever another expression of it has begun."""
+        stored = self.state[parameter]
+        if stored.keys() == shapes.keys():
+            return stored
+        names = renamed(stored, shapes)
+        if names is None:
+            raise ValueError(
+                f"the state of a parameter of shape {list(parameter.shape)} has {sorted(stored)}, and {rule} has "
+                f"{sorted(shapes)}: an option that changes which memories there are is set before the first step"
+            )
+        return {new: stored[name] for name, new in names.items()}
 
     def _form(self, rule: Rule, weight: Tensor) -> tuple[Any, dict[str, torch.Size]]:
         """The state of a weight of this shape, of tensors that hold nothing; and the shapes by their flat names."""
@@ -276,7 +299,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _step_stack(self, rule: Rule, members: list[Tensor], gates: Gates, group: dict[str, Any]) -> None:
         """Parameters of one shape at once, along a leading dim that is theirs."""
         parts = [local(p) for p in members]
-        weights = [self._matrix(p, part) for p, part in zip(members, parts, strict=True)]
+        weights = [_computed(self._matrix(rule, p, part, group)) for p, part in zip(members, parts, strict=True)]
         if group["differentiable"]:  # what autograd keeps of them is not written over
             weights = [weight.clone() for weight in weights]
         states = [self._start(rule, weight, p) for weight, p in zip(weights, members, strict=True)]
@@ -285,12 +308,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             stepped, state = self._compiled(rule)(weights[0], gradients[0], rule.anchor(states[0]), gates)
             after, left = [stepped], [state]
         else:
-            gradient = _stack(gradients)
+            gradient = stack(gradients)
             if isinstance(gradient, Summed):
                 gradient = gradient._replace(tokens=group["tokens"])
-            before = rule.anchor(_stack(states))
+            before = rule.anchor(stack(states))
             stepped, state = self._compiled(rule)(torch.stack(weights), gradient, before, gates)
-            after, left = list(stepped.unbind(0)), _unstack(state, len(members))
+            after, left = list(stepped.unbind(0)), unstack(state, len(members))
         for parameter, part, weight, new, kept in zip(members, parts, weights, after, left, strict=True):
             self._keep(parameter, weight, kept, in_place=not group["differentiable"])
             part.copy_(new.view_as(part))
@@ -300,9 +323,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule.needs_pairs:
             raise ValueError(f"{rule} needs every pair, and those of a sharded parameter lie on several ranks")
         dealing = deal(members)
-        weights = dealing.whole([local(p) for p in members])
+        weights = _computed(dealing.whole([local(p) for p in members]))
         columns = weights.unsqueeze(-1) if weights.dim() < 3 else weights
-        columns = columns.flatten(2) if members[0] in self.captured else columns
+        columns = columns.flatten(2) if self._is_flat(members[0], group) else columns
         total = dealing.whole([local(p.grad) for p in members if p.grad is not None]).to(weights.dtype)
         known = [self.captured[p] for p in members if p in self.captured]
         grams = [averaged(self.gram(group, own), p) for own, p in zip(known, members, strict=False)]
@@ -326,9 +349,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not self.state[members[0]]:
             return clone(rule.init(weights))
         form, shapes = self._form(rule, weights)
-        flat = {}
+        known, flat = [self._renamed(rule, p, shapes) for p in members], {}
+        begun = flatten(clone(rule.init(weights))) if shapes.keys() - known[0].keys() else {}
         for name, shape in shapes.items():
-            stored = [self.state[p][name] for p in members]
+            if name not in known[0]:
+                flat[name] = begun[name]
+                continue
+            stored = [states[name] for states in known]
             share = dealing.whole([local(s) for s in stored]) if is_sharded(stored[0]) else dealing.share(stored)
             flat[name] = share.reshape(shape)
         return unflatten(form, flat)
@@ -337,21 +364,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         """One large parameter, as a row that is cut in pieces, in place."""
         part = local(parameter)
         row = part.reshape(1, -1)
-        state = rule.anchor(self._start(rule, row, parameter))
+        state = rule.anchor(self._start(rule, _computed(row), parameter))
         totals = self._gradient(parameter, row, group).dense().split(size, 1)
-        cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in _leaves(state)]
+        cut = [leaf.split(size, 1) if leaf.dim() == 2 else [leaf] * len(totals) for leaf in leaves(state)]
         after, step = state, self._compiled(rule)
         for weight, total, *before in zip(row.split(size, 1), totals, *cut, strict=True):
             rest = iter(before)
             piece = map_tensors(lambda _, rest=rest: next(rest), state)
-            stepped, after = step(weight, Summed(total, None, group["tokens"]), piece, gates)
-            for old, new in zip(before, _leaves(after), strict=True):
+            stepped, after = step(_computed(weight), Summed(_computed(total), None, group["tokens"]), piece, gates)
+            for old, new in zip(before, leaves(after), strict=True):
                 if new.dim() == 2:
                     old.copy_(new)
             weight.copy_(stepped)  # last: a state may hold the weight that was
         if row.data_ptr() != part.data_ptr():
             part.copy_(row.view_as(part))
-        self._keep(parameter, row, _joined(state, after, 2))
+        self._keep(parameter, row, joined(state, after, 2))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; but counters stay whole numbers, where torch casts them to the parameter's dtype, and what is
@@ -368,72 +395,41 @@ class RuleOptimizer(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                own = self.state[parameter][name] if value.is_floating_point() else value.detach().to(parameter.device)
+                dtype = _computed(parameter[:0]).dtype if value.is_floating_point() else value.dtype
+                own = value.detach().to(parameter.device, dtype)
                 self.state[parameter][name] = own.clone() if local(own).data_ptr() == local(value).data_ptr() else own
 
     def _check_saved(self, saved: dict[str, Any], states: dict[Any, Any], parameters: list[Tensor]) -> None:
         self._check(saved)
-        rule = self.express(saved)[0]
+        rule = self.clocked(saved)[0]
         for number, parameter in zip(saved["params"], parameters, strict=False):
+            found = {name: value.shape for name, value in states.get(number, {}).items()}
             meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            told = [set(self._form(own, self._matrix(parameter, meta))[1]) for own in {rule, self.without_inputs(rule)}]
-            found = set(states.get(number, ()))
-            if found and found not in told:
+            told = [shapes for own in {rule, self.without_inputs(rule)} for shapes in self._stored(own, meta, saved)]
+            if found and found.keys() not in [own.keys() for own in told]:
                 raise ValueError(
                     f"the saved state of parameter {number} has {sorted(found)}, and {rule} has {sorted(told[0])}: "
                     "it is of another optimizer, torch's own of the same name included"
                 )
+            if found and found not in told:
+                raise ValueError(
+                    f"the saved state of parameter {number} is not of one of shape {list(parameter.shape)}: it has "
+                    f"{ {name: list(shape) for name, shape in found.items()} }"
+                )
+
+    def _stored(self, rule: Rule, parameter: Tensor, group: dict[str, Any]) -> list[dict[str, torch.Size]]:
+        """The shapes in which the state of a parameter may be stored, by flat names: see `_keep` and `_matrix`."""
+        stored = []
+        flat = [parameter.flatten(1)] if parameter.dim() > 2 else []
+        for weight in (self._matrix(rule, parameter, parameter, group), *flat):
+            shapes = self._form(rule, weight)[1]
+            stored.append({name: parameter.shape if shape == weight.shape else shape for name, shape in shapes.items()})
+        return stored
 
 
-def _apart(state: Any) -> Any:
-    """A state whose tensors share no memory: what comes a second time, or is part of a larger one, is copied."""
-    seen: set[int] = set()
-
-    def own(tensor: Tensor) -> Tensor:
-        alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensor = tensor if alone and tensor.data_ptr() not in seen else tensor.clone()
-        seen.add(tensor.data_ptr())
-        return tensor
-
-    return map_tensors(own, state)
-
-
-def _leaves(state: Any) -> list[Tensor]:
-    """Every tensor of a nested state, in order."""
-    if isinstance(state, tuple):
-        return [tensor for part in state for tensor in _leaves(part)]
-    return [state] if isinstance(state, Tensor) else []
-
-
-def _stack(states: list[Any]) -> Any:
-    """States of one form, side by side along a new first dim; one count for all, where all have come as far."""
-    first = states[0]
-    if isinstance(first, Tensor):
-        counts = first.dim() == 0 and first.dtype == torch.int64 and first.device.type == "cpu"
-        return first if counts and len(set(map(int, states))) == 1 else torch.stack(states)
-    if isinstance(first, tuple):
-        parts = [_stack(list(parts)) for parts in zip(*states, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-    return first
-
-
-def _unstack(state: Any, count: int) -> list[Any]:
-    """The inverse of `_stack`; each part a tensor of its own."""
-
-    def own(tensor: Tensor, index: int) -> Tensor:
-        return (tensor[index] if tensor.dim() else tensor).clone()
-
-    return [map_tensors(partial(own, index=index), state) for index in range(count)]
-
-
-def _joined(whole: Any, last: Any, dim: int) -> Any:
-    """The state after all pieces: tensors of the weight's dims were written in place, others are the last's."""
-    if isinstance(whole, Tensor):
-        return whole if whole.dim() == dim else last
-    if isinstance(whole, tuple):
-        parts = [_joined(one, other, dim) for one, other in zip(whole, last, strict=True)]
-        return type(whole)(*parts) if hasattr(whole, "_fields") else tuple(parts)
-    return whole
+def _computed(tensor: Tensor) -> Tensor:
+    """What a rule steps. float16 has no eps of 1e-8, and no square of 1e-4: an Adam in it divides by zero."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def to_optimizer(rule: Rule, params: Iterable[Any], **gates: Any) -> RuleOptimizer:

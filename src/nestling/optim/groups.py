@@ -1,23 +1,28 @@
 """Which parameters are matrices to orthogonalise, and several optimizers as one."""
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .named import M3, Named
+from .adapter import RuleOptimizer
+from .finite import finite
+from .named import M3
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
-    """(matrices, rest): weights of two and more dims, but for those of embeddings and of maps tied to them; and those,
-    biases and other vectors. Only parameters that require gradients."""
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    """(matrices, rest): weights of two and more dims, but for those of embeddings, of maps tied to them and of grouped
+    convolutions, which are no one map; and those, biases and other vectors. Only parameters that require gradients."""
+    apart = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    apart |= {id(m.weight) for m in model.modules() if isinstance(m, CONVOLUTIONS) and m.groups > 1}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in trained if p.dim() >= 2 and id(p) not in embedded]
+    matrices = [(name, p) for name, p in trained if p.dim() >= 2 and id(p) not in apart]
     chosen = {id(p) for _, p in matrices}
     return matrices, [(name, p) for name, p in trained if id(p) not in chosen]
 
@@ -52,11 +57,16 @@ class _States(MutableMapping[Tensor, Any]):
 
 class Joined(torch.optim.Optimizer):
     """Several optimizers as one: their groups one after the other, their steps in turn. Groups and states are shared,
-    so that a scheduler of this optimizer changes theirs; `state_dict` is torch's, over all groups. Raises ValueError
-    where a parameter is in two of them, and for a group added here, which would be nobody's to step."""
+    so that a scheduler of this optimizer changes theirs; `state_dict` is torch's, over all groups.
+
+    A gradient that is not finite raises FloatingPointError, or the whole step is skipped and counted in `skipped`,
+    before any of them has stepped; groups of torch's own optimizers do as the first group of rules says. `capture` is
+    that of all members that have one. Raises ValueError where a parameter is in two of them, and for a group added
+    here, which would be nobody's to step.
+    """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self.__setstate__({"optimizers": list(optimizers), "defaults": {}})
+        self.__setstate__({"optimizers": list(optimizers), "skipped": 0})
         if not self.optimizers:
             raise ValueError("Joined needs at least one optimizer")
         seen: set[int] = set()
@@ -66,11 +76,16 @@ class Joined(torch.optim.Optimizer):
             seen.add(id(parameter))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizers": self.optimizers, "defaults": self.defaults}
+        return {"optimizers": self.optimizers, "skipped": self.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         self.optimizers: list[torch.optim.Optimizer] = state["optimizers"]
+        self.skipped: int = state["skipped"]
+        # what every member knows: a scheduler asks here whether there is a momentum to change
+        known = [optimizer.defaults.items() for optimizer in self.optimizers]
+        first = dict(known[0]) if known else {}
+        shared = {name: value for name, value in first.items() if all(name in dict(other) for other in known)}
+        super().__setstate__(state | {"defaults": shared})
         self.state = _States(self.optimizers)  # type: ignore[assignment]
         self._gather()
 
@@ -89,9 +104,22 @@ class Joined(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        said = [group["nonfinite"] for group in self.param_groups if "nonfinite" in group]
+        if finite(self.param_groups, said[0] if said else "raise"):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            self.skipped += 1
         return loss
+
+    @contextmanager
+    def capture(self, module: nn.Module) -> Iterator[None]:
+        """`RuleOptimizer.capture` of every member that has it."""
+        with ExitStack() as captures:
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, (RuleOptimizer, Joined)):
+                    captures.enter_context(optimizer.capture(module))
+            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
@@ -122,14 +150,20 @@ class Joined(torch.optim.Optimizer):
 
 def for_model(
     model: nn.Module,
-    matrices: Callable[[NamedParameters], Named] = M3,
+    matrices: Callable[[Any], torch.optim.Optimizer] = M3,
     rest: Callable[[NamedParameters], torch.optim.Optimizer] | None = None,
 ) -> Joined:
     """The `matrices` of a model by one optimizer and the `rest` by another: torch's own AdamW if none is given, fused
-    where torch has that for their devices and dtypes, foreach elsewhere.
+    where torch has that for their devices and dtypes, foreach elsewhere. Weights of convolutions are matrices
+    [out, in * kernel], in a group of their own.
     `for_model(model, functools.partial(Muon, lr=0.02))`."""
     wide, narrow = split_parameters(model)
-    optimizers: list[torch.optim.Optimizer] = [matrices(wide)] if wide else []
+    filters = {id(m.weight) for m in model.modules() if isinstance(m, CONVOLUTIONS)}
+    flat = [(name, p) for name, p in wide if id(p) in filters]
+    groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in wide if id(p) not in filters]}]
+    groups += [{"params": flat, "flat": True}] if flat else []
+    groups = [group for group in groups if group["params"]]
+    optimizers = [matrices(groups if flat else wide)] if wide else []
     if narrow:
         optimizers.append((rest or _adamw)(narrow))
     return Joined(optimizers)

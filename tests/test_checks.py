@@ -43,7 +43,7 @@ BLOCKS = {
     "sparse caching": caching(sequence_memory(chunk=8), segment=8, read="sparse", slots=3, top=2),
     "tnt": tnt(matrix(), rule=LINEAR, chunk=8, local=(4,), shard=8),
 }
-QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live")]
+QUICK = [name for name in checks.CHECKS if name not in ("entropy_floor", "options_live", "named_model")]
 
 
 def config(mixer: Any = MIXERS["matrix"], **changes: Any) -> ModelConfig:
@@ -171,7 +171,8 @@ class Counts:
         return self.weight * (1.0 + seen).log(), seen[:, -1]
 
 
-NOT_APPLICABLE = {"initial_loss", "reading_invariance", "surprise_falls", "reading_surprise_falls", "options_live"}
+NOT_APPLICABLE = {"initial_loss", "reading_invariance", "surprise_falls", "reading_surprise_falls"}
+NOT_APPLICABLE |= {"named_model", "options_live"}
 
 
 @pytest.mark.parametrize("model", [Recurrent(), Counts()], ids=["module", "callable"])

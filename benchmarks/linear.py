@@ -4,9 +4,9 @@
 
 Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians, and
 medians of each round's ratio to attention, are reported. `plain` is the same chunk form as autograd has it, chunk
-after chunk, at the shorter length alone. There too, where flash-linear-attention is installed (a package of its own and einops; its kernels and Triton are not
-needed), the chunk references that it has in plain PyTorch are timed beside ours, at their own chunk sizes. Results go
-to a file that names the machine and the commit.
+after chunk, at the shorter length alone. There too, where flash-linear-attention is installed (a package of its own
+and einops; its kernels and Triton are not needed), the chunk references that it has in plain PyTorch are timed beside
+ours, at their own chunk sizes. Results go to a file that names the machine and the commit.
 """
 
 import argparse

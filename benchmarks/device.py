@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float
         a @ b
         wait(device)
 
-    return 2.0 * size**3 / statistics.median(interleaved({"": multiply}, repeats)[""])
+    return 2.0 * size**3 / statistics.median(interleaved({"": multiply}, repeats, time.perf_counter)[""])
 
 
 def operations(run: Callable[[], None]) -> int:
@@ -102,7 +103,7 @@ def measure(x: Tensor, blocks: dict[str, nn.Module], dtype: torch.dtype, repeats
 
     cases = {name: runner(block) for name, block in blocks.items()}
     rate = matrix_rate(x.device, dtype, max(repeats, 10))
-    times = interleaved(cases, repeats)
+    times = interleaved(cases, repeats, time.perf_counter)
     rows: dict[str, Any] = {}
     for name, own in times.items():
         seconds, done = statistics.median(own), operations(cases[name])
@@ -178,7 +179,7 @@ def measure_linear(x: Streams, repeats: int) -> dict[str, Any]:
         except (ValueError, ImportError, AssertionError, RuntimeError) as error:
             rows[name] = str(error).splitlines()[0]
             del cases[name]
-    for name, own in interleaved(cases, repeats).items():
+    for name, own in interleaved(cases, repeats, time.perf_counter).items():
         rows[name] = {"ms": round(1e3 * statistics.median(own), 2), "peak_mb": peak_mb(cases[name], device)}
     return {name: rows[name] for name in linear_cases(x)}
 

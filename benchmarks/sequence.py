@@ -98,8 +98,8 @@ def both(block: nn.Module, x: Tensor) -> None:
 def interleaved(
     cases: dict[K, Callable[[], None]], repeats: int, clock: Callable[[], float] | None = None
 ) -> dict[K, list[float]]:
-    """Seconds of every case, one repeat of each in turn, after one to warm up. With one thread they are the processor's,
-    unless another clock is given: that leaves out what other processes take."""
+    """Seconds of every case, one repeat of each in turn, after one to warm up. With one thread they are the
+    processor's, unless another clock is given: that leaves out what other processes take."""
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     times: dict[K, list[float]] = {name: [] for name in cases}
     for round_ in range(repeats + 1):

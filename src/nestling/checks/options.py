@@ -30,7 +30,8 @@ from nestling.sequence import Mixer, caching
 from .bench import SAME, apart, sealed
 from .report import Finding, skip
 
-_SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "blocks": 1, "vocabulary": 7}
+WIDTH = 8  # of mixers that stand alone
+_SMALL: dict[str, Any] = {"dim": WIDTH, "heads": 2, "blocks": 1, "vocabulary": 7}
 _SMALL |= {"chunk": 4, "projection_chunk": 4, "window": 4, "segment": 8, "persistent": 2, "slots": 2, "top": 1}
 _SMALL |= {"shard": 8, "local": (2, 4)}
 _SMALL |= {"bound": 0.001, "retention": 0.9}  # tight enough to bind, or nothing could tell them from no bound
@@ -66,7 +67,7 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
     if not isinstance(expression, Mixer | ModelConfig):
         return skip("options_live", "the model has no nestling expression")
     base = small(expression)
-    built, start = _build(base, seed)
+    built, start = build(base, seed)
     expected = _measure(built)
     effects: dict[tuple[str, str], list[float]] = {}
     faults = []
@@ -75,7 +76,7 @@ def options_live(model: Any, *, neutral: Collection[str] = (), seed: int = 0) ->
         if variant.number and not inert and max(effects.get((variant.path, ""), [0.0])) > SAME:
             continue  # already seen to be live
         try:
-            other, other_start = _build(variant.expression, seed, built)
+            other, other_start = build(variant.expression, seed, built)
             found = _measure(other, reading=not variant.path.startswith("mixer."))
             difference = apart(expected[: len(found)], found)
         except ValueError:
@@ -220,7 +221,7 @@ def _twin(item: Any, others: tuple[Any, ...]) -> bool:
     return any(dataclasses.replace(item, period=other.period) == other for other in rivals)
 
 
-def _build(expression: Any, seed: int, like: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(expression: Any, seed: int, like: nn.Module | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
     """The expression's module in float64 with all parameters moved, or equal to those of `like` where they fit;
     and its parameters as they were at first."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,10 +12,11 @@ from nestling.sequence.named import FAR, Model, error
 from nestling.sequence.zoo import zoo
 
 from .bench import SAME, apart, sealed
+from .options import WIDTH, build
 from .report import Finding, skip
 
 _HOW = ("chunk", "projection_chunk", "checkpoint", "way")  # an oracle is told, or it must not matter
-_DIM, _HEADS, _LENGTH, _CHUNK = 8, 2, 40, 16
+_LENGTH, _CHUNK = 40, 16
 
 
 @sealed()
@@ -50,7 +51,7 @@ def special_case(one: Mixer | ModelConfig, known: Mixer | ModelConfig, *, seed: 
     Parameters are matched by name and moved from their start; tokens or inputs are random. Measured: the largest
     difference, in float64. Raises ValueError where one has a parameter that the other has not, by name and shape.
     """
-    ours, theirs = (_built(expression, seed) for expression in (one, known))
+    ours, theirs = (build(expression, seed)[0] for expression in (one, known))
     shapes, wanted = ({name: list(p.shape) for name, p in module.named_parameters()} for module in (ours, theirs))
     for name in sorted(shapes.keys() | wanted.keys()):
         if shapes.get(name) != wanted.get(name):
@@ -61,24 +62,13 @@ def special_case(one: Mixer | ModelConfig, known: Mixer | ModelConfig, *, seed: 
     return Finding("special_case", far <= SAME, far, f"<= {SAME:g}")
 
 
-def _built(expression: Any, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(expression, ModelConfig):
-        module: nn.Module = Decoder(expression, seed=seed).double()
-    else:
-        module = expression.build(_DIM, _HEADS, generator).double()
-    for parameter in module.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
-    return module
-
-
 def _told(module: nn.Module) -> list[Tensor]:
     """The output and the gradient of every parameter."""
     generator = torch.Generator().manual_seed(1)
     if isinstance(module, Decoder):
         given = torch.randint(module.config.vocabulary, (2, _LENGTH), generator=generator)
     else:
-        given = torch.randn(2, _LENGTH, _DIM, dtype=torch.float64, generator=generator)
+        given = torch.randn(2, _LENGTH, WIDTH, dtype=torch.float64, generator=generator)
     parameters = list(module.parameters())
     with torch.enable_grad():
         y = module(given)[0]

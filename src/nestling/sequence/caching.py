@@ -16,7 +16,7 @@ from .linear_mixer import linear_mixer
 from .lstm import lstm
 from .mixer import Mixer, MixerModule, linear
 from .scan import MemoryState, States, Writes
-from .segments import Segments, closed, reached, weigh
+from .segments import Segments, begun, closed, reached, weigh
 from .self_caching import SelfCaching
 from .self_modifying import self_modifying
 from .srwm import srwm
@@ -127,9 +127,7 @@ class Caching(MixerModule):
         start, n = self.memory.init_state(batch), self.expression.slots
         cached = tuple(w.new_zeros(*w.shape[:2], n, *w.shape[2:]) for w in start.memory.running)
         total = self.memory.output.norm.new_zeros(batch, self.memory.qkv.in_features)
-        means = total[:, None].expand(-1, n, -1).contiguous()
-        exists = torch.zeros(batch, n, dtype=torch.bool, device=total.device)
-        return CachingState(*start, cached, means, exists, total, torch.zeros_like(start.phase))
+        return CachingState(*start, cached, *begun(total, n))
 
     def standing(self, state: CachingState) -> Weights:
         return self.memory.memory.standing(state.memory)

@@ -10,7 +10,7 @@ from nestling.memory.state import map_tensors, select
 from .layout import lay_out
 from .linear_mixer import LinearMixer, linear_mixer
 from .mixer import MixerModule, linear
-from .segments import Segments, closed, reached, weigh
+from .segments import Segments, begun, closed, reached, weigh
 from .streams import Given
 
 
@@ -60,11 +60,10 @@ class LinearCaching(MixerModule):
         start, n = self.memory.init_state(batch), self.slots
         cached = map_tensors(lambda x: torch.zeros_like(x)[:, None].expand(-1, n, *x.shape[1:]), start.memory)
         total = start.tail.new_zeros(batch, self.memory.project.in_features)
-        means = total[:, None].expand(-1, n, -1).contiguous()
-        exists = torch.zeros(batch, n, dtype=torch.bool, device=total.device)
-        phase = torch.zeros(batch, dtype=torch.int64, device=total.device)
-        segments = Segments(means, exists, total, torch.zeros_like(phase))
-        return LinearCachingState(phase, start.tail, start.memory, map_tensors(Tensor.contiguous, cached), segments)
+        segments = begun(total, n)
+        return LinearCachingState(
+            segments.tokens.clone(), start.tail, start.memory, map_tensors(Tensor.contiguous, cached), segments
+        )
 
     def forward(
         self,

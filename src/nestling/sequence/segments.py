@@ -16,6 +16,14 @@ class Segments(NamedTuple):
     tokens: Tensor
 
 
+def begun(total: Tensor, slots: int) -> Segments:
+    """No segment yet, in as many slots; of inputs like `total` [b, d], which is zero."""
+    b = len(total)
+    exists = torch.zeros(b, slots, dtype=torch.bool, device=total.device)
+    tokens = torch.zeros(b, dtype=torch.int64, device=total.device)
+    return Segments(total.new_zeros(b, slots, total.shape[1]), exists, total, tokens)
+
+
 def reached(segments: Segments, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The total [b, c, d] and the number of tokens [b, c] of this segment after each of the inputs x [b, c, d], which
     are zero where there is no token (`valid` [b, c])."""

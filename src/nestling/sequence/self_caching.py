@@ -10,7 +10,7 @@ from nestling.memory.structure import Weights
 
 from .layout import lay_out
 from .mixer import MixerModule, linear
-from .segments import Segments, closed, reached, weigh
+from .segments import Segments, begun, closed, reached, weigh
 from .self_modifying import self_modifying
 from .srwm import srwm
 
@@ -62,10 +62,8 @@ class SelfCaching(MixerModule):
         start, n = self.memory.init_state(batch), self.slots
         cached = tuple(w.new_zeros(*w.shape[:2], n, *w.shape[2:]) for w in self.memory.answering(start))
         total = cached[0].new_zeros(batch, self.dim)
-        exists = torch.zeros(batch, n, dtype=torch.bool, device=total.device)
-        phase = torch.zeros(batch, dtype=torch.int64, device=total.device)
-        segments = Segments(total.new_zeros(batch, n, self.dim), exists, total, torch.zeros_like(phase))
-        return SelfCachingState(phase, start, cached, segments)
+        segments = begun(total, n)
+        return SelfCachingState(segments.tokens.clone(), start, cached, segments)
 
     def standing(self, state: SelfCachingState) -> Weights:
         return self.memory.standing(state.memory)

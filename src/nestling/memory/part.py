@@ -8,6 +8,10 @@ from typing import Any, ClassVar, TypeVar
 
 P = TypeVar("P", bound="Part")
 
+LATER = {"later": True}
+"""Metadata of a field that was not there when models were first stored: at its default it stays out of their data, of
+which digests are kept."""
+
 
 class Part:
     """A frozen dataclass of choices with pure functions on it.

@@ -6,6 +6,7 @@ import math
 from typing import Any, TypeVar
 
 from nestling.memory import Part, all_variants, known, parse
+from nestling.memory.part import LATER
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def _scalar(kind: type, accepts: tuple[type, ...], name: str) -> Any:
 
 def _converter() -> Any:
     import cattrs
-    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind, accepts, name in (
@@ -93,7 +94,9 @@ def _converter() -> Any:
         return plain[part]({key: value for key, value in data.items() if key != "kind"}, part)
 
     def unstructure_part(part: Part) -> Any:
-        fields = make_dict_unstructure_fn(type(part), converter)(part)
+        told = dataclasses.fields(part)  # type: ignore[arg-type]
+        later = {field.name: override(omit_if_default=True) for field in told if field.metadata == LATER}
+        fields = make_dict_unstructure_fn(type(part), converter, **later)(part)  # type: ignore[arg-type]
         return {"kind": type(part).__name__, **fields}
 
     is_part = lambda kind: isinstance(kind, type) and issubclass(kind, Part)  # noqa: E731

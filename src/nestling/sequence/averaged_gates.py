@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nestling.memory.retention import decay_to_anchor
 from nestling.memory.rule import Gates, retain
 
-from .gating import GATES, GatingModule, Names, around, positive
+from .gating import Asked, GatingModule, around, positive
 from .scan import Memory
 
 
@@ -41,10 +41,10 @@ class averaged_gates(around):
             )
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        used = tuple(name for name in used if name != "log_retention")
-        return AveragedGates(self.of.build(dim, heads, head_dim, generator, used), self.chunk)
+        asked = asked._replace(names=tuple(name for name in asked.names if name != "log_retention"))
+        return AveragedGates(self.of.build(dim, heads, head_dim, generator, asked), self.chunk)
 
 
 class AveragedGates(GatingModule):

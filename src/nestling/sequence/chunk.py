@@ -32,6 +32,16 @@ class Stand(NamedTuple):
     start_kept: Tensor | None  # b [..., c] of W before the chunk; None: 1
     start_read: Tensor | None  # f [..., c] of S before the chunk; None without a momentum
 
+    def at(self, tokens: slice) -> "Stand":
+        """At some tokens alone."""
+        kept, start_kept, start_read = self.kept[..., tokens, :], self.start_kept, self.start_read
+        return Stand(
+            kept,
+            kept if self.written is self.kept else self.written[..., tokens, :],
+            None if start_kept is None else start_kept[..., tokens],
+            None if start_read is None else start_read[..., tokens],
+        )
+
 
 class Transfer(NamedTuple):
     """How far each token's write and erase carry to each token of the chunk, as each stands after its own step
@@ -184,11 +194,14 @@ def write(
     return MapChunk(before, before.maps(after), before.maps(buffer), inputs, writes, erased, carry)  # type: ignore[arg-type]
 
 
-def read(chunk: MapChunk, queries: Tensor, *, before: bool = False, graph_only: bool = False) -> Tensor:
-    """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write.
+def read(chunk: MapChunk, queries: Tensor, *, before: bool = False, steps: int = 1, graph_only: bool = False) -> Tensor:
+    """W_t q_t for every token of the chunk [..., c, in] -> [..., c, out], or W_{t-1} q_t `before` its write. steps: how
+    many writes in a row are one token's, who reads after the last of them, or before the first.
     graph_only: what it gives is there for its gradient, and holds anything."""
     stand = chunk.carry.before if before else chunk.carry.after
     assert stand is not None
+    if steps > 1:
+        stand = stand.at(slice(0 if before else steps - 1, None, steps))
     writes, erased, kept = chunk.writes, chunk.erased, stand.kept
     if erased is None or stand.written is stand.kept:
         writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,21 @@ from nestling.memory.structure import matrix
 
 from .mixer import linear
 from .scan import Memory
+from .steps import by_step
 
 SLOWEST = math.exp(-0.5)  # RWKV-7's bound on -log retention
 
 
 Names = tuple[str, ...]
 GATES: Names = Gates._fields
+
+
+class Asked(NamedTuple):
+    """What a layer asks of its gates. names: those that its rule looks at; of the others none is learned. steps: how
+    many pairs a token writes, each with a step size and a momentum of its own."""
+
+    names: Names = GATES
+    steps: int = 1
 
 
 def gates_of(rule: Rule) -> Names:
@@ -53,16 +63,17 @@ class GatingModule(nn.Module):
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
         """[b, t, n] -> gates [b, h, t]; retention [b, h, t, k] where it is by channel. `bound`: the largest step that
-        frozen gradients allow; 1 where they are taken at every token."""
+        frozen gradients allow; 1 where they are taken at every token. Of several steps a token [steps, b, h, t], but
+        for the retention and for what is the same for all of them."""
         raise NotImplementedError
 
     def placed(self, gates: Gates, place: Tensor) -> Gates:
-        """The gates [b, h, t] of tokens that stand at these places of their chunks [t], the first at 0."""
+        """The gates [..., t] of tokens that stand at these places of their chunks [t], the first at 0."""
         return gates
 
     def more(self, raw: Tensor) -> dict[str, Tensor]:
         """[b, t, n] -> what else the tokens choose [b, h, t, ...], by the field of `scan.Writes` that it is; a bound as
-        so many times that of the bias."""
+        so many times that of the bias. Of several steps a token [steps, b, h, t, ...]."""
         return {}
 
 
@@ -91,10 +102,9 @@ class Gating(Part, family=True):
 
     @abstractmethod
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        """The module for a layer of width `dim`, initialised from the generator. used: the gates that the layer's rule
-        looks at; of the others none is learned."""
+        """The module for a layer of width `dim`, initialised from the generator."""
 
 
 def positive(owner: Part, *names: str) -> None:
@@ -118,20 +128,21 @@ class sigmoid_gates(Gating):
         positive(self, "reach")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return SigmoidGates(dim, heads, self, generator, used) if used else NoGates(heads, self.reach)
+        return SigmoidGates(dim, heads, self, generator, asked) if asked.names else NoGates(heads, self.reach)
 
 
 class SigmoidGates(nn.Linear, GatingModule):
     def __init__(
-        self, dim: int, heads: int, gating: sigmoid_gates, generator: torch.Generator | None, used: Names
+        self, dim: int, heads: int, gating: sigmoid_gates, generator: torch.Generator | None, asked: Asked
     ) -> None:
-        rows = len(used) * heads
+        self.times = [1 if name == "log_retention" else asked.steps for name in asked.names]
+        rows = sum(self.times) * heads
         super().__init__(dim, rows, device="meta")  # its own start would draw random numbers for nothing
         made = linear(rows, dim, generator, bias=True, gain=0.3)
-        self.weight, self.bias, self.gating, self.used, self.heads = made.weight, made.bias, gating, used, heads
-        if "log_retention" in used:
+        self.weight, self.bias, self.gating, self.names, self.heads = made.weight, made.bias, gating, asked.names, heads
+        if "log_retention" in asked.names:
             with torch.no_grad():
                 self.bias[rows - heads :].fill_(5.0)
 
@@ -139,7 +150,9 @@ class SigmoidGates(nn.Linear, GatingModule):
         return nn.Linear.forward(self, x)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        told = dict(zip(self.used, raw.transpose(1, 2).split(self.heads, 1), strict=True))
+        parts = raw.split([times * self.heads for times in self.times], -1)
+        each = (by_step(part, times).mT for part, times in zip(parts, self.times, strict=True))
+        told = dict(zip(self.names, each, strict=True))
         shape = (raw.shape[0], self.heads, raw.shape[1])
         step_size, kept, retention = (told.get(name) for name in GATES)
         reach = self.gating.reach * bound
@@ -202,7 +215,7 @@ class fixed_gates(Gating):
         positive(self, "slowest")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
         return FixedGates(heads, self)
 
@@ -237,7 +250,7 @@ class low_rank_gates(Gating):
         positive(self, "rank", "divisor")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
         return LowRankGates(dim, heads, head_dim, self, generator)
 
@@ -277,26 +290,31 @@ class _timed(Gating, abstract=True):
 @dataclass(frozen=True, repr=False)
 class mamba2_gates(_timed):
     """log retention = -exp(A_log) dt, step size = bound * dt, dt = softplus(W x + dt_bias): what is written and what is
-    forgotten go together. Mamba-2 (2405.21060), its published code. Oracle: the formula (tests/test_gating.py)."""
+    forgotten go together; of several steps a token, the first's dt is what it forgets. Mamba-2 (2405.21060), its
+    published code. Oracle: the formula (tests/test_gating.py)."""
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return Mamba2Gates(dim, heads, self, generator)
+        return Mamba2Gates(dim, heads, self, generator, asked.steps)
 
 
 class Mamba2Gates(GatingModule):
-    def __init__(self, dim: int, heads: int, gating: mamba2_gates, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, dim: int, heads: int, gating: mamba2_gates, generator: torch.Generator | None, steps: int
+    ) -> None:
         super().__init__()
-        self.project = linear(heads, dim, generator, gain=0.3)
-        self.log_rate, self.bias = _start(heads, heads, gating.least, gating.most, generator)
+        self.steps = steps
+        self.project = linear(steps * heads, dim, generator, gain=0.3)
+        self.log_rate, self.bias = _start(heads, steps * heads, gating.least, gating.most, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        step = F.softplus(raw + self.bias).transpose(1, 2)
-        return Gates(bound * step, torch.zeros_like(step), -self.log_rate.exp()[:, None] * step)
+        step = by_step(F.softplus(raw + self.bias), self.steps).mT
+        first = step if self.steps == 1 else step[0]
+        return Gates(bound * step, torch.zeros_like(step), -self.log_rate.exp()[:, None] * first)
 
 
 @dataclass(frozen=True, repr=False)
@@ -314,9 +332,9 @@ class gated_delta_gates(_timed):
         positive(self, "reach")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return DeltaGates(dim, heads, heads, self, generator)
+        return DeltaGates(dim, heads, heads, self, generator, asked.steps)
 
 
 @dataclass(frozen=True, repr=False)
@@ -335,20 +353,26 @@ class kda_gates(_timed):
         positive(self, "reach", "rank")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return DeltaGates(dim, heads, heads * head_dim, self, generator)
+        return DeltaGates(dim, heads, heads * head_dim, self, generator, asked.steps)
 
 
 class DeltaGates(GatingModule):
-    """A step size a head and `width` retentions."""
+    """`steps` step sizes a head and `width` retentions."""
 
     def __init__(
-        self, dim: int, heads: int, width: int, gating: gated_delta_gates | kda_gates, generator: torch.Generator | None
+        self,
+        dim: int,
+        heads: int,
+        width: int,
+        gating: gated_delta_gates | kda_gates,
+        generator: torch.Generator | None,
+        steps: int,
     ) -> None:
         super().__init__()
-        self.heads, self.gating = heads, gating
-        self.step = linear(heads, dim, generator, gain=0.3)
+        self.heads, self.gating, self.steps = heads, gating, steps
+        self.step = linear(steps * heads, dim, generator, gain=0.3)
         if isinstance(gating, kda_gates):
             down = linear(gating.rank, dim, generator)
             self.project: nn.Module = nn.Sequential(down, linear(width, gating.rank, generator, gain=0.3))
@@ -360,7 +384,7 @@ class DeltaGates(GatingModule):
         return torch.cat([self.step(x), self.project(x)], -1)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        step, width = raw[..., : self.heads].transpose(1, 2), len(self.bias)
+        step, width = by_step(raw[..., : self.steps * self.heads], self.steps).mT, len(self.bias)
         spent = by_head(F.softplus(raw[..., -width:] + self.bias), self.heads)  # [b, h, t, k or 1]
         retention = -self.log_rate.exp()[:, None, None] * spent
         retention = retention if self.gating.by_channel else retention[..., 0]
@@ -382,18 +406,18 @@ class rwkv7_gates(Gating):
         positive(self, "rank")
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return Rwkv7Gates(dim, heads, head_dim, self, generator)
+        return Rwkv7Gates(dim, heads, head_dim, self, generator, asked.steps)
 
 
 class Rwkv7Gates(GatingModule):
     def __init__(
-        self, dim: int, heads: int, head_dim: int, gating: rwkv7_gates, generator: torch.Generator | None
+        self, dim: int, heads: int, head_dim: int, gating: rwkv7_gates, generator: torch.Generator | None, steps: int
     ) -> None:
         super().__init__()
-        self.heads = heads
-        self.step = linear(heads, dim, generator, gain=0.3)
+        self.heads, self.steps = heads, steps
+        self.step = linear(steps * heads, dim, generator, gain=0.3)
         self.down = linear(gating.rank, dim, generator)
         self.up = linear(heads * head_dim, gating.rank, generator, bias=True)
         with torch.no_grad():  # from slow to fast along the channels of a head
@@ -403,14 +427,14 @@ class Rwkv7Gates(GatingModule):
         return torch.cat([self.step(x), self.up(self.down(x).tanh())], -1)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        step = raw[..., : self.heads].transpose(1, 2)
-        retention = -SLOWEST * by_head(raw[..., self.heads :], self.heads).sigmoid()
+        step, decayed = raw.tensor_split([self.steps * self.heads], -1)
+        step, retention = by_step(step, self.steps).mT, -SLOWEST * by_head(decayed, self.heads).sigmoid()
         return Gates(bound * step.sigmoid(), torch.zeros_like(step), retention)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """[b, t, h * n] -> [b, h, t, n]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[..., t, h * n] -> [..., h, t, n]."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def _start(

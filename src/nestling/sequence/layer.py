@@ -1,23 +1,25 @@
 """A memory as a layer: keys, values, queries and gates projected from the tokens. Titans and its kin."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.attentional_bias import Bounded
+from nestling.memory.part import LATER
 from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 from nestling.memory.structure import Weights
 
 from .convolution import ShortConvolution
-from .gating import Gating, gates_of, sigmoid_gates
+from .gating import Asked, Gating, gates_of, sigmoid_gates
 from .layout import Layout, Piece, lay_out
 from .mixer import Mixer, MixerModule, Output, check_width, linear, step_bound
 from .preparation import Preparation, silu_unit
 from .scan import Memory, MemoryState, States, Writes, scan
+from .steps import gates_in_turn, in_turn
 
 
 class SequenceState(NamedTuple):
@@ -30,17 +32,29 @@ class SequenceState(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class sequence_memory(Memory, Mixer):
-    """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`. Sources: Titans,
-    Miras. Oracles: those of its parts, of each named one in `sequence.zoo`."""
+    """A memory with projected keys, values, queries and gates: the expression of `SequenceMemory`.
+
+    steps: how many pairs a token writes, one after the other, before it reads once; it forgets with the first of them.
+    read="before" is before the first. A window and a rule's clock (`every`) count pairs. Gradients frozen over a chunk
+    are frozen over all of its pairs: with gradient_at="token" every step sees what those before it wrote. Sources:
+    Titans, Miras; several steps: DeltaProduct (2502.10297). Oracles: those of its parts, of each named one in
+    `sequence.zoo`; several steps: tests/test_steps.py."""
 
     rule: Rule = retain(decay_to_start(), momentum(dampen(normalize(clip()))))
     convolution: int = 4
     gating: Gating = sigmoid_gates()
     preparation: Preparation = silu_unit()
+    steps: int = field(default=1, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1 a token, got {self.steps}")
         self.gating.fits(self)
+
+    @property
+    def chunk_pairs(self) -> int:
+        return self.chunk * self.steps
 
     def build(self, dim: int, heads: int, generator: torch.Generator | None = None) -> "SequenceMemory":
         return SequenceMemory(dim, heads, self, generator)
@@ -51,7 +65,8 @@ class SequenceMemory(MixerModule):
 
     k, v, q = heads of convolution(W x), as `preparation` makes them (SiLU, k and q L2-normalised); step size, momentum
     and log retention for each head and token as `gating` chooses them (sigmoids of projections); y = what the memory
-    reads for q, through norm, gate and output projection. The initial weights are parameters: the outer loss learns
+    reads for q, through norm, gate and output projection. With several `steps` a token there are as many k, v, step
+    sizes and momenta. The initial weights are parameters: the outer loss learns
     them through every write. x [b, t, d] -> [b, t, d]. Sources: Titans 3 and 4.4; Miras. Oracle: memory.naive.
     Raises ValueError when heads do not divide dim, or parts do not fit together.
     """
@@ -66,14 +81,15 @@ class SequenceMemory(MixerModule):
         super().__init__()
         check_width(dim, heads)
         self.heads, self.memory = heads, memory
-        head_dim = dim // heads
-        self.qkv = linear(3 * dim, dim, generator)
-        self.convolution = ShortConvolution(3 * dim, memory.convolution, generator)
-        self.gates = memory.gating.build(dim, heads, head_dim, generator, gates_of(memory.rule))
+        head_dim, width = dim // heads, (1 + 2 * memory.steps) * dim
+        self.qkv = linear(width, dim, generator)
+        self.convolution = ShortConvolution(width, memory.convolution, generator)
+        asked = Asked(gates_of(memory.rule), memory.steps)
+        self.gates = memory.gating.build(dim, heads, head_dim, generator, asked)
         self.start = nn.ParameterList(memory.structure.init(head_dim, head_dim, (heads,), generator, unit_keys=True))
         self.output = Output(dim, heads, generator)
         self.widths = (head_dim, head_dim)
-        bound = 1.0 if memory.exact else step_bound(memory.chunk, head_dim)
+        bound = 1.0 if memory.exact else step_bound(memory.chunk_pairs, head_dim)
         self.step_bound = bound / memory.window  # every pair is in so many steps
 
     def init_state(self, batch: int) -> SequenceState:
@@ -127,25 +143,28 @@ class SequenceMemory(MixerModule):
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), tail, layout)
         raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
-            streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads)
+            n = self.memory.steps
+            streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads, n)
             raw = raw.to(self.start[0].dtype)
             chosen = self.gates.choose(raw, self.step_bound)
             chosen = self.gates.placed(chosen, layout.places(self.memory.chunk))
             told = self.gates.more(raw)
             if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
                 told["bound"] = told["bound"] * self.memory.attentional_bias.bound
-            more = {name: layout.cut(part, 2) for name, part in told.items()}
-            cut = (layout.cut(gate, 2) for gate in chosen)  # type: ignore[arg-type]
+            more = {name: layout.cut(in_turn(part) if n > 1 else part, 2, n) for name, part in told.items()}
+            cut = (layout.cut(gate, 2, n) for gate in gates_in_turn(chosen, n))  # type: ignore[arg-type]
             gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
             # the transfers of all pieces at once, where there are no empty slots, and memory for them
             whole = layout.valid is None and not self.memory.checkpoint
             carry = self.memory.transfers(states[0], gates) if whole else [None] * len(gates)
-            q, k, v = (layout.cut(part, -2) for part in streams.chunk(3, 1))
+            asked, *kv = streams.split([self.heads, n * self.heads, n * self.heads], 1)
+            q = layout.cut(asked, -2)
+            k, v = (layout.cut(in_turn(part.unflatten(1, (n, -1)).movedim(1, 0)), -2, n) for part in kv)
 
             given = []
             for index, piece in enumerate(layout.pieces):
                 here: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
-                pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index])
+                pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index], steps=n)
                 given.append((pairs._replace(**here), q[index], own[index] if own else ()))
 
             def one(piece: Piece, given: tuple[Writes, Tensor, Any], states: States) -> tuple[Tensor, States]:

@@ -42,10 +42,10 @@ class Layout(NamedTuple):
         held = self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
         return torch.where(held, x[rows, self.source], 0.0)
 
-    def cut(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """`x` by slot along `dim`, piece by piece. One cut for all pieces: its gradient is one concatenation,
-        where that of a slice each would be as long as `x` for every piece."""
-        return x.split([piece.stop - piece.start for piece in self.pieces], dim)
+    def cut(self, x: Tensor, dim: int, steps: int = 1) -> tuple[Tensor, ...]:
+        """`x` by slot along `dim`, or with so many `steps` a slot, piece by piece. One cut for all pieces: its gradient
+        is one concatenation, where that of a slice each would be as long as `x` for every piece."""
+        return x.split([(piece.stop - piece.start) * steps for piece in self.pieces], dim)
 
     def present(self, piece: Piece) -> Tensor | None:
         """The slots of a piece that hold a token [b, c]; None where all do."""

@@ -70,6 +70,8 @@ def _choices(mixer: Mixer) -> tuple[str, str, str, str]:
     elif isinstance(mixer.rule, retain_first):
         rule, kept = mixer.rule.of, f"{mixer.rule.retention} first"
     told = f"{rule}" + (f" over {mixer.window} pairs" if mixer.window > 1 else "")
+    steps = getattr(mixer, "steps", 1)
+    told += f", {steps} steps a token" if steps > 1 else ""
     return f"{mixer.structure}", f"{mixer.attentional_bias}", kept, told
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from nestling.memory.attentional_bias import Bounded
 from nestling.memory.rule import Gates
 
-from .gating import GATES, Gating, GatingModule, Names, around, by_head, positive
+from .gating import Asked, Gating, GatingModule, Names, around, by_head, positive
 from .mixer import linear
 from .scan import Memory
+from .steps import by_step
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,26 +32,27 @@ class _more(around, abstract=True):
 
     @abstractmethod
     def values(self, raw: Tensor) -> Tensor:
-        """Projections [b, h, t, n] -> what is told."""
+        """Projections [..., h, t, n] -> what is told."""
 
     @abstractmethod
     def width(self) -> tuple[int, float]:
         """How many numbers a head tells, and the bias that their projection starts with."""
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return MoreGates(dim, heads, self, self.of.build(dim, heads, head_dim, generator, used), generator)
+        inner = self.of.build(dim, heads, head_dim, generator, asked)
+        return MoreGates(dim, heads, self, inner, generator, asked.steps)
 
 
 class MoreGates(GatingModule):
     def __init__(
-        self, dim: int, heads: int, part: _more, inner: GatingModule, generator: torch.Generator | None
+        self, dim: int, heads: int, part: _more, inner: GatingModule, generator: torch.Generator | None, steps: int
     ) -> None:
         super().__init__()
-        self.part, self.heads, self.inner = part, heads, inner
+        self.part, self.heads, self.inner, self.steps = part, heads, inner, steps
         width, bias = part.width()
-        self.told = linear(heads * width, dim, generator, bias=True, gain=0.3)
+        self.told = linear(steps * heads * width, dim, generator, bias=True, gain=0.3)
         nn.init.constant_(self.told.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +66,8 @@ class MoreGates(GatingModule):
 
     def more(self, raw: Tensor) -> dict[str, Tensor]:
         rest, own = raw.split([raw.shape[-1] - len(self.told.bias), len(self.told.bias)], -1)
-        return self.inner.more(rest) | {self.part.name: self.part.values(by_head(own, self.heads))}
+        told = self.part.values(by_head(by_step(own, self.steps), self.heads))
+        return self.inner.more(rest) | {self.part.name: told}
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,24 +156,25 @@ class unit_steps(Gating):
     momentum = True
 
     def build(
-        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, used: Names = GATES
+        self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None, asked: Asked = Asked()
     ) -> GatingModule:
-        return UnitSteps(dim, heads, generator, "momentum" in used)
+        return UnitSteps(dim, heads, generator, asked)
 
 
 class UnitSteps(GatingModule):
-    def __init__(self, dim: int, heads: int, generator: torch.Generator | None, momentum: bool) -> None:
+    def __init__(self, dim: int, heads: int, generator: torch.Generator | None, asked: Asked) -> None:
         super().__init__()
-        self.heads = heads
-        self.momentum = linear(heads, dim, generator, bias=True, gain=0.3) if momentum else None
+        self.heads, self.steps = heads, asked.steps
+        rows, learned = asked.steps * heads, "momentum" in asked.names
+        self.momentum = linear(rows, dim, generator, bias=True, gain=0.3) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:2], self.heads) if self.momentum is None else self.momentum(x)
 
     def choose(self, raw: Tensor, bound: float) -> Gates:
-        raw = raw.transpose(1, 2)
-        nothing = torch.zeros_like(raw)
-        return Gates(torch.ones_like(raw), nothing if self.momentum is None else raw.sigmoid(), nothing)
+        nothing = raw.new_zeros(raw.shape[0], self.heads, raw.shape[1])
+        kept = nothing if self.momentum is None else by_step(raw, self.steps).mT.sigmoid()
+        return Gates(torch.ones_like(nothing), kept, nothing)
 
 
 def inverse_softplus(y: float) -> float:

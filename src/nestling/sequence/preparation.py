@@ -16,8 +16,8 @@ class Preparation(Part, family=True):
     """A choice of nonlinearity and norm."""
 
     @abstractmethod
-    def streams(self, mixed: Tensor, heads: int) -> Tensor:
-        """Queries, keys and values side by side [b, t, 3 d] -> heads [b, 3 h, t, k]."""
+    def streams(self, mixed: Tensor, heads: int, steps: int = 1) -> Tensor:
+        """Queries, n = steps keys and n values side by side [b, t, (1 + 2 n) d] -> heads [b, (1 + 2 n) h, t, k]."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,8 +25,8 @@ class silu_unit(Preparation):
     """SiLU, then L2-normalised queries and keys: Titans, DeltaNet and what came after. Oracle: the formula
     (tests/test_gating.py)."""
 
-    def streams(self, mixed: Tensor, heads: int) -> Tensor:
-        return Heads.apply(mixed, 3 * heads, 2 * heads)
+    def streams(self, mixed: Tensor, heads: int, steps: int = 1) -> Tensor:
+        return Heads.apply(mixed, (1 + 2 * steps) * heads, (1 + steps) * heads)
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,8 +34,8 @@ class silu(Preparation):
     """SiLU alone: Mamba-2. Keys are as long as they come, and steps with an erase may then go too far. Source:
     2405.21060. Oracle: the formula (tests/test_gating.py)."""
 
-    def streams(self, mixed: Tensor, heads: int) -> Tensor:
-        return Heads.apply(mixed, 3 * heads, 0)
+    def streams(self, mixed: Tensor, heads: int, steps: int = 1) -> Tensor:
+        return Heads.apply(mixed, (1 + 2 * steps) * heads, 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,9 +43,9 @@ class unit_keys(Preparation):
     """L2-normalised queries and keys, without a nonlinearity. Source: Nested Learning's normalised keys, without
     Titans' SiLU. Oracle: the formula (tests/test_gating.py)."""
 
-    def streams(self, mixed: Tensor, heads: int) -> Tensor:
-        streams = split_heads(mixed, 3 * heads)
-        return torch.cat([unit(streams[:, : 2 * heads]), streams[:, 2 * heads :]], 1)
+    def streams(self, mixed: Tensor, heads: int, steps: int = 1) -> Tensor:
+        streams, units = split_heads(mixed, (1 + 2 * steps) * heads), (1 + steps) * heads
+        return torch.cat([unit(streams[:, :units]), streams[:, units:]], 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,5 +53,5 @@ class bare(Preparation):
     """As projected: RetNet, gated linear attention. Sources: 2307.08621, 2312.06635. Oracle: the formula
     (tests/test_gating.py)."""
 
-    def streams(self, mixed: Tensor, heads: int) -> Tensor:
-        return split_heads(mixed, 3 * heads)
+    def streams(self, mixed: Tensor, heads: int, steps: int = 1) -> Tensor:
+        return split_heads(mixed, (1 + 2 * steps) * heads)

@@ -134,6 +134,11 @@ class Memory:
     def exact(self) -> bool:
         return self.gradient_at == "token"
 
+    @property
+    def chunk_pairs(self) -> int:
+        """How many pairs a whole chunk writes: what a rule's clock counts."""
+        return self.chunk
+
     def begin(self, weights: Weights, widths: tuple[int, int] | None = None) -> MemoryState:
         """The state at a document's start, from initial weights [b, h, out, in]; widths: of keys and values, where a
         window remembers some and they are not those of the first and the last map."""
@@ -151,7 +156,7 @@ class Memory:
             return state
         if self.way == "stepped":
             maps = zip(state.running, state.rule, strict=True)
-            running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk) for pair in maps), strict=True)
+            running, rules = zip(*(stepped.tick(self.rule, *pair, self.chunk_pairs) for pair in maps), strict=True)
             reopened = (self.rule.reopen(w, rule.of) for w, rule in zip(running, rules, strict=True))
             running, inner = zip(*reopened, strict=True)
             rules = tuple(rule._replace(of=s) for rule, s in zip(rules, inner, strict=True))
@@ -182,7 +187,8 @@ class Memory:
     def run(
         self, state: MemoryState, pairs: "Writes", queries: Tensor | None = None, *, graph_only: bool = False
     ) -> tuple[Tensor, MemoryState]:
-        """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k].
+        """Write the tokens of one piece that lies inside a chunk, and read it for queries [b, h, c, k], each after (or
+        before) all that its token writes.
 
         Returns what was read [b, h, c, v] (the values, where nothing is asked) and the new state. graph_only: they are
         there for their gradients, and may hold anything.
@@ -224,7 +230,7 @@ class Memory:
             return self._as_linear_memory(state, pairs, queries)
         recent = state.recent
         if isinstance(recent, windows.Recent):
-            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
+            joined = windows.join(recent, pairs.keys, pairs.values, pairs.held(), pairs.shares)
             (maps, norms), recent = self._write_windows(state, pairs, joined), joined.after
         else:
             maps, norms = self._write(state, pairs, graph_only)
@@ -233,7 +239,7 @@ class Memory:
             y = self.at_anchor(state, queries)
         elif queries is not None:
             last = len(maps) - 1 if graph_only and self.structure.ends_plainly else -1
-            read = partial(chunks.read, before=self.read == "before")
+            read = partial(chunks.read, before=self.read == "before", steps=pairs.steps)
             y = self.structure.forward(lambda i, x: read(maps[i], x, graph_only=i == last), queries)[0]
         rules = tuple(
             self.rule.close(rule_state, ChunkEnd(chunk.buffer, norm.sum(-1)))
@@ -270,11 +276,13 @@ class Memory:
             log_retention = torch.full_like(norms, log_retention)
         if counted is not None:
             log_retention = log_retention * (counted[..., None] if pairs.gates.by_channel else counted)
+        before, n = self.read == "before", pairs.steps
+        # that form reads after every step: a token's query stands at each of its own, and one answer is taken
+        asked = queries if queries is None or n == 1 else queries.repeat_interleave(n, 2)
         y, weight = run_as_linear_memory(
-            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, queries),
-            before=self.read == "before",
-            way=self.way,
+            *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, asked), before=before, way=self.way
         )
+        y = y if asked is None or n == 1 else y[:, :, (0 if before else n - 1) :: n]
         rule = self.rule.close(state.rule[0], ChunkEnd(None, norms.sum(-1)))
         return y, MemoryState(state.anchor, (weight,), (rule,))
 
@@ -382,9 +390,11 @@ class Memory:
         return plan, squared
 
     def _recurrent(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
-        reads = []
-        for t in range(pairs.keys.shape[-2]):
-            after = self._step(state, pairs.at(t))
+        reads, alone, n = [], pairs._replace(steps=1), pairs.steps
+        for t in range(pairs.keys.shape[-2] // n):
+            after = state
+            for step in range(t * n, t * n + n):
+                after = self._step(after, alone.at(step))
             if pairs.valid is not None:
                 after = select(pairs.valid[:, t], after, state)
             if queries is not None:
@@ -397,7 +407,7 @@ class Memory:
     def _stepped(self, state: MemoryState, pairs: "Writes", queries: Tensor | None) -> tuple[Tensor, MemoryState]:
         recent, band, written = state.recent, None, pairs
         if isinstance(recent, windows.Recent):
-            joined = windows.join(recent, pairs.keys, pairs.values, pairs.valid, pairs.shares)
+            joined = windows.join(recent, pairs.keys, pairs.values, pairs.held(), pairs.shares)
             written = pairs._replace(keys=joined.keys, values=joined.values)
             band, recent = joined.band, joined.after
         inputs, errors = self._errors(self.exposed(state.anchor, state), written)
@@ -410,7 +420,7 @@ class Memory:
         return y, state._replace(rule=rules, recent=recent)
 
     def _step(self, state: MemoryState, pair: "Writes") -> MemoryState:
-        """One token by the rule itself."""
+        """One pair by the rule itself."""
         recent = state.recent
         if isinstance(recent, windows.Recent):
             joined = windows.join(recent, pair.keys, pair.values, None, pair.shares)
@@ -441,11 +451,13 @@ class Memory:
 class Writes(NamedTuple):
     """What is written to a memory in one piece, and how.
 
-    keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
-    [b, c]: slots that hold a token (None: all). own_targets: what is learned is not the value but the memory's own
-    answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the gates, where it
-    is known. bound [b, h, c]: each token's own, of a bias that has one. shares [b, h, c, window]: how much each pair of
-    a token's window counts, its own first. map_steps [b, h, c, maps]: what the step size of every map is multiplied by.
+    steps: how many pairs each token writes, one after the other; with n of them, c is n times the tokens but in
+    `valid`. keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k];
+    valid [b, c / n]: slots that hold a token (None: all). own_targets: what is learned is not the value but the
+    memory's own answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the
+    gates, where it is known. bound [b, h, c]: each pair's own, of a bias that has one. shares [b, h, c, window]: how
+    much each pair of a window counts, its own first. map_steps [b, h, c, maps]: what the step size of every map is
+    multiplied by.
     """
 
     keys: Tensor
@@ -457,10 +469,11 @@ class Writes(NamedTuple):
     bound: Tensor | None = None
     shares: Tensor | None = None
     map_steps: Tensor | None = None
+    steps: int = 1
 
     def at(self, t: int) -> "Writes":
         """Token t alone."""
-        at = slice(t, t + 1)
+        at = slice(t * self.steps, (t + 1) * self.steps)
         more = {name: getattr(self, name) for name in ("bound", "shares", "map_steps")}
         more = {name: None if told is None else told[:, :, at] for name, told in more.items()}
         pair = self._replace(keys=self.keys[..., at, :], values=self.values[..., at, :], gates=self.gates.at(at))
@@ -470,9 +483,14 @@ class Writes(NamedTuple):
         """What the step size of one map is multiplied by [b, h, c], or 1."""
         return 1.0 if self.map_steps is None else self.map_steps[..., index]
 
+    def held(self) -> Tensor | None:
+        """Which pairs are of a slot that holds a token [b, c] (None: all)."""
+        return self.valid if self.valid is None or self.steps == 1 else self.valid.repeat_interleave(self.steps, 1)
+
     def counted(self) -> Tensor | None:
         """1 where there is a token and 0 where there is none [b, 1, c]."""
-        return None if self.valid is None else self.valid[:, None].to(self.keys.dtype)
+        held = self.held()
+        return None if held is None else held[:, None].to(self.keys.dtype)
 
 
 _CHOICES = {

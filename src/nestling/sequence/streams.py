@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nestling.memory.part import Part, check_families
 
 from .elementwise import unit
-from .gating import SLOWEST, Gating, gated_delta_gates, sigmoid_gates
+from .gating import SLOWEST, Asked, Gating, gated_delta_gates, sigmoid_gates
 from .linear import comba, delta_product, hgrn2, rwkv7
 from .mesa import mesa
 from .mixer import linear
@@ -141,7 +141,7 @@ class _gated(Streams, abstract=True):
 class _Gated(_OneMatrix):
     def __init__(self, dim: int, heads: int, head_dim: int, gating: Gating, generator: torch.Generator | None) -> None:
         super().__init__(heads, head_dim)
-        self.gates = gating.build(dim, heads, head_dim, generator, ("step_size", "log_retention"))
+        self.gates = gating.build(dim, heads, head_dim, generator, Asked(("step_size", "log_retention")))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gates(x)

@@ -120,8 +120,9 @@ class Shards(MixerModule):
         """C_t q_t and the state of C after the piece; the queries themselves where there is no C."""
         if not keys:
             return (queries,)
-        gates = Gates(torch.ones_like(queries[..., 0]))
-        return self.keys.run(keys[0], Writes(pairs.keys, pairs.keys, gates, pairs.valid), queries)
+        gates = Gates(torch.ones_like(pairs.keys[..., 0]))
+        own = Writes(pairs.keys, pairs.keys, gates, pairs.valid, steps=pairs.steps)
+        return self.keys.run(keys[0], own, queries)
 
 
 @dataclass(frozen=True, repr=False)

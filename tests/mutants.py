@@ -424,12 +424,29 @@ MUTANTS = (
         "tests/test_zoo_parts.py",
     ),
     Mutant("sequence/streams.py", "math.log(math.expm1(1.0 - part.ridge))", "0.0", "tests/test_zoo_parts.py"),
+    Mutant("sequence/steps.py", "x.movedim(0, 3)", "x.movedim(0, 2)", "tests/test_steps.py"),
+    Mutant("sequence/steps.py", "torch.zeros_like(once).expand", "once.expand", "tests/test_steps.py"),
+    Mutant("sequence/layer.py", "return self.chunk * self.steps", "return self.chunk", "tests/test_steps.py"),
+    Mutant("sequence/chunk.py", "slice(0 if before else steps - 1,", "slice(steps - 1,", "tests/test_steps.py"),
+    Mutant("sequence/scan.py", "(0 if before else n - 1) :: n", "n - 1 :: n", "tests/test_steps.py"),
+    Mutant("sequence/scan.py", "range(t * n, t * n + n)", "range(t * n, t * n + 1)", "tests/test_steps.py"),
     Mutant(
-        "sequence/streams.py",
-        "others = self.part.reach * raw",
-        "others = raw",
-        "tests/test_zoo.py::test_is_its_oracle",
+        "sequence/scan.py",
+        "self.valid.repeat_interleave(self.steps, 1)",
+        "self.valid.repeat(1, self.steps)",
+        "tests/test_steps.py",
     ),
+    Mutant("sequence/scan.py", "pair, self.chunk_pairs)", "pair, self.chunk)", "tests/test_steps.py"),
+    Mutant(
+        "sequence/gating.py", "self.steps == 1 else step[0]", "self.steps == 1 else step[-1]", "tests/test_steps.py"
+    ),
+    Mutant(
+        "sequence/preparation.py",
+        "(1 + 2 * steps) * heads, (1 + steps) * heads)",
+        "(1 + 2 * steps) * heads, 2 * heads)",
+        "tests/test_steps.py",
+    ),
+    Mutant("models/data.py", "if field.metadata == LATER", "if False", "tests/test_steps.py"),
     Mutant(
         "sequence/linear_mixer.py",
         "enabled=False):\n            y, memory",

@@ -118,7 +118,10 @@ def test_checkpointing_changes_nothing() -> None:
     [
         ("caching(attention())", r"of a sequence_memory\(\), .* or srwm\(\), not of attention\(\)"),
         ("caching(lstm())", r"read again with a query, and lstm\(\) has none"),
-        ("caching(linear_mixer(), read='soup')", r"averages the weights of a memory, not the matrices of linear_mixer"),
+        (
+            "caching(linear_mixer(comba_streams()), read='soup')",
+            r"averages the weights of a memory, not the matrices of linear_mixer",
+        ),
         ("caching(self_modifying(read='before'), read='soup')", r"after a token's own write, not those of self_modif"),
         ("caching(self_modifying(chunk=32, projection_chunk=8), segment=8)", "memory's chunk 32, got 8"),
         ("caching(segment=100)", "segment must be a multiple of the memory's chunk 64, got 100"),

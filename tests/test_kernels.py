@@ -187,8 +187,18 @@ def test_nothing_is_read_from_nothing(package, monkeypatch, shape) -> None:
     assert torch.equal(state, s)
 
 
-LINEAR = ("linear_attention", "retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "kda", "longhorn")
-MIXED = ("hgrn2", "delta_product", "rwkv7", "comba")
+LINEAR = (
+    "linear_attention",
+    "retnet",
+    "mamba2",
+    "gla",
+    "deltanet",
+    "gated_deltanet",
+    "kda",
+    "longhorn",
+    "delta_product",
+)
+MIXED = ("hgrn2", "rwkv7", "comba")
 
 
 OTHERS = {  # which have no kernel of their own

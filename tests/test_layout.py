@@ -51,6 +51,9 @@ MIXERS = [
     sequence_memory(matrix(), l2(), retain_first(), 4, "token", gating=kda_gates(rank=2)),
     sequence_memory(mlp(), l2(), retain(decay(), delta_gradient_descent(outside)), 4, read="before"),
     sequence_memory(mlp(), l2(), every(3, delta), 4, way="recurrent"),
+    sequence_memory(mlp(), l2(), retain(decay(), momentum()), 4, steps=2),
+    sequence_memory(matrix(), l2(), retain_first(), 4, "token", "before", gating=kda_gates(rank=2), steps=3),
+    sequence_memory(mlp(), l2(), every(5, momentum()), 4, read="boundary", way="stepped", steps=2),
     self_modifying(chunk=4, projection_chunk=4),
     self_modifying(chunk=8, projection_chunk=4),
     self_modifying(chunk=2, projection_chunk=4, gate_structure=matrix()),
@@ -64,16 +67,19 @@ MIXERS = [
     caching(sequence_memory(chunk=4), segment=4, read="residual", slots=2),
     caching(sequence_memory(matrix(), l2(), delta, 2, "token"), segment=4, slots=3),
     caching(sequence_memory(chunk=2), segment=4, read="soup", slots=2),
+    caching(sequence_memory(chunk=2, steps=2, read="before"), segment=4, read="soup", slots=2),
     caching(sequence_memory(chunk=2), segment=2, read="sparse", slots=4, top=2),
-    caching(linear_mixer(chunk=2), segment=4, slots=2),
+    caching(linear_mixer(hgrn2_streams(), chunk=2), segment=4, slots=2),
     caching(linear_mixer(comba_streams(), chunk=4), segment=3, read="sparse", slots=3, top=1),
     caching(linear_mixer(rwkv7_streams(rank=2), way="recurrent"), segment=3, read="residual", slots=2),
     caching(self_modifying(chunk=2, projection_chunk=4), segment=4, read="residual", slots=3),
     caching(self_modifying(chunk=2, projection_chunk=2), segment=2, read="soup", slots=2),
     caching(srwm(), segment=3, read="sparse", slots=3, top=1),
     shards(sequence_memory(chunk=2), shard=4),
+    shards(sequence_memory(chunk=2, steps=2), shard=4),
     tnt(matrix(), chunk=8, local=(2, 4), shard=4, queries="raw"),
     sequence_memory(matrix(), rule=retain(decay(), momentum()), chunk=4, gating=window_gates(window=3), window=3),
+    sequence_memory(mlp(), rule=momentum(), chunk=4, gating=window_gates(window=3), window=3, steps=2),
     sequence_memory(
         matrix(), rule=momentum(), chunk=4, gating=window_gates(window=6), window=6, read="boundary", way="stepped"
     ),
@@ -85,7 +91,6 @@ MIXERS = [
     attention(window=None, convolution=1, persistent=2),
     lstm(),
     srwm(),
-    linear_mixer(chunk=4),
     linear_mixer(hgrn2_streams(), chunk=4, way="recurrent"),
     linear_mixer(comba_streams(), chunk=4),
     linear_mixer(mesa_streams(), chunk=4),
@@ -314,7 +319,9 @@ def test_under_autocast_a_memory_stays_in_float32(expression):
         assert not inner or tensor.dtype in (torch.float32, torch.int64, torch.bool), name
 
 
-@pytest.mark.parametrize("expression", [linear_mixer(chunk=4), caching(linear_mixer(chunk=4), segment=4)], ids=str)
+@pytest.mark.parametrize(
+    "expression", [linear_mixer(hgrn2_streams()), caching(linear_mixer(mesa_streams()), segment=4)], ids=str
+)
 def test_a_recurrence_runs_outside_of_autocast(expression, monkeypatch):
     layer, seen = make(expression).float(), []
     streams = layer.streams if hasattr(layer, "streams") else layer.memory.streams

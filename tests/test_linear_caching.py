@@ -12,7 +12,6 @@ from nestling.sequence import (
     Mixer,
     caching,
     comba_streams,
-    delta_product_streams,
     hgrn2_streams,
     linear_mixer,
     mesa_streams,
@@ -25,7 +24,6 @@ from oracles import assert_same, convolved, gradients, moved, normal, normed, si
 DIM, HEADS, WIDTH, SEGMENT = 8, 2, 4, 4
 STREAMS = {
     "hgrn2": hgrn2_streams(),
-    "delta_product": delta_product_streams(),
     "comba": comba_streams(),
     "mesa": mesa_streams(),
     "rwkv7": rwkv7_streams(rank=2),
@@ -66,8 +64,6 @@ class Naive:
         if self.name in ("hgrn2", "rwkv7"):
             return state["memory"][head] @ (silu(q) if self.name == "hgrn2" else q)
         q = silu(q) / silu(q).norm()
-        if self.name == "delta_product":
-            return state["memory"][head] @ q / math.sqrt(WIDTH)
         if self.name == "comba":
             key = silu(self.stream(t, 1)[head])
             along = torch.sigmoid(self.p["streams.along"][head]) * key / key.norm()
@@ -98,7 +94,7 @@ class Naive:
 
 
 CASES = [(name, "gated", 15) for name in STREAMS]
-CASES += [("delta_product", "residual", 15), ("rwkv7", "residual", 10), ("mesa", "sparse", 15), ("comba", "gated", 1)]
+CASES += [("hgrn2", "residual", 15), ("rwkv7", "residual", 10), ("mesa", "sparse", 15), ("comba", "gated", 1)]
 
 
 @pytest.mark.parametrize(("name", "read", "length"), CASES)

@@ -105,7 +105,7 @@ def test_no_family_of_parts_is_left_out():
         ("linear_mixer(kda_gates())", "streams must be one of Streams", "kda_gates"),
         ("hgrn2_streams(kda_gates())", "floor must be a plain value", "kda_gates"),
         ("rwkv7_streams(kda_gates())", "rank must be a plain value", "kda_gates"),
-        ("delta_product_streams(mesa_streams())", "steps must be a plain value", "mesa_streams"),
+        ("sequence_memory(steps=mesa_streams())", "steps must be a plain value", "mesa_streams"),
         ("comba_streams(l2())", "gating must be one of Gating", "l2"),
         ("mesa_streams(comba_streams())", "gating must be one of Gating", "comba_streams"),
         ("sequence_memory(comba_streams())", "structure must be one of Structure", "comba_streams"),
@@ -180,6 +180,7 @@ mixers = (
     st.builds(sequence_memory, mlps, plain, keepers, chunk, **frozen)
     | st.builds(sequence_memory, rule=keepers, chunk=chunk, way=st.sampled_from(["chunked", "recurrent"]))
     | st.builds(sequence_memory, st.just(matrix()), linear, keepers, chunk, st.just("token"), st.just("before"))
+    | st.builds(sequence_memory, mlps, plain, keepers, chunk, steps=st.integers(1, 4))
     | st.builds(self_modifying, mlps, plain, keepers, chunk, projection_chunk=chunk, convolution=st.integers(1, 4))
     | st.sampled_from([moneta(), yaad(), memora(chunk=4)])
     | st.builds(attention, window=st.integers(1, 512), convolution=st.integers(1, 4), persistent=st.integers(0, 9))

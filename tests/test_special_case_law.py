@@ -17,6 +17,7 @@ NAMED = {
     "deltanet": zoo["deltanet"].mixer,
     "gated_deltanet": dataclasses.replace(zoo["gated_deltanet"].mixer, chunk=16),
     "titans": dataclasses.replace(zoo["titans"].mixer, chunk=8),
+    "delta_product": dataclasses.replace(zoo["delta_product"].mixer, chunk=8),
     "self_modifying_titans": self_modifying(chunk=8, projection_chunk=4),
     "sliding_window_attention": attention(),
 }
@@ -50,6 +51,7 @@ SAME = {
     "a bound that nothing meets": (deep(attentional_bias=huber_norm(1e9)), deep(attentional_bias=l2())),
     "a window that all fits in": (attention(window=500), attention(window=None)),
     "token by token": (deep(way="recurrent"), deep()),
+    "step by step": (deep(way="recurrent", steps=2), deep(steps=2)),
     "the same memory's mixer in a model": (
         ModelConfig(vocabulary=11, dim=8, heads=2, blocks=1, mixer=deep(checkpoint=True)),
         ModelConfig(vocabulary=11, dim=8, heads=2, blocks=1, mixer=deep()),

@@ -66,6 +66,23 @@ def test_delta_net() -> None:
     torch.testing.assert_close(layer(l2(), gradient_descent(), Gates(STEP)), torch.stack(reads), rtol=0, atol=1e-10)
 
 
+def test_delta_product() -> None:
+    """Two steps of size two a token, on nothing: a product of two reflections, which turns the memory and keeps its
+    length; a matrix of one step is none such."""
+    weight, tokens, eye = START, T // 2, torch.eye(D, dtype=torch.float64)
+    for k in KEYS[: 2 * tokens]:
+        weight = weight @ (eye - 2.0 * torch.outer(k, k))
+    k, v = KEYS[None, None, : 2 * tokens], torch.zeros(1, 1, 2 * tokens, D, dtype=torch.float64)
+    memory = Memory(matrix(), l2(), gradient_descent(), gradient_at="token")
+    pairs = Writes(k, v, Gates(torch.full_like(k[..., 0], 2.0)), steps=2)
+    y, state = memory.run(memory.begin((START[None, None],)), pairs, QUERIES[None, None, :tokens])
+    torch.testing.assert_close(state.running[0][0, 0], weight, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y[0, 0, -1], weight @ QUERIES[tokens - 1], rtol=0, atol=1e-10)
+    turn = torch.linalg.solve(START, weight)
+    torch.testing.assert_close(turn @ turn.T, eye, rtol=0, atol=1e-9)
+    assert torch.linalg.det(turn) > 0.99
+
+
 def test_frozen_gradients_with_delta_terms_are_a_gated_delta_rule() -> None:
     """Within a chunk, the self-modifying matrix case is S <- a S (I - b k k^T) + b v' k^T with a = retention,
     b = eta' / a and v' = a (v - M_c k), M_c the weights on which the chunk opened."""

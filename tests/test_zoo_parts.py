@@ -25,7 +25,6 @@ from nestling.sequence import (
     attention,
     bound_gates,
     comba_streams,
-    delta_product_streams,
     hgrn2_streams,
     kda_gates,
     linear_mixer,
@@ -150,12 +149,11 @@ def test_rows_of_lact_keep_their_length():
         (lambda: mesa_streams(bound_gates()), "no window, bound, maps or chunk"),
         (lambda: mesa_streams(iterations=0), "iterations must be at least 1"),
         (lambda: mesa_streams(ridge=1.0), "ridge must be between 0 and 1"),
-        (lambda: delta_product_streams(steps=1), "steps must be at least 2"),
-        (lambda: delta_product_streams(reach=0.0), "reach must be > 0"),
+        (lambda: sequence_memory(steps=0), "steps must be at least 1 a token, got 0"),
         (lambda: hgrn2_streams(floor=1.0), "floor must be between 0 and 1"),
         (lambda: rwkv7_streams(rank=0), "rank must be at least 1"),
-        (lambda: linear_mixer(chunk=0), "chunk must be at least 1 token, got 0"),
-        (lambda: linear_mixer(way="stepped"), "way must be one of"),
+        (lambda: linear_mixer(comba_streams(), chunk=0), "chunk must be at least 1 token, got 0"),
+        (lambda: linear_mixer(comba_streams(), way="stepped"), "way must be one of"),
         (lambda: srwm(step=0.0), "step must be between 0 and 1"),
     ],
 )
@@ -229,8 +227,8 @@ def test_the_baseline_preset_is_a_transformer():
 
 
 def test_every_option_is_alive():
-    for mixer in (lstm(), srwm(), attention(window=None), linear_mixer(), linear_mixer(mesa_streams())):
+    for mixer in (lstm(), srwm(), attention(window=None), linear_mixer(comba_streams()), linear_mixer(mesa_streams())):
         finding = checks.options_live(mixer)
         assert finding.passed, f"{mixer}: {finding.detail}"
-    faults = checks.options_live(sequence_memory(matrix(), l2(), momentum(), gating=window_gates(), window=4))
+    faults = checks.options_live(sequence_memory(matrix(), l2(), momentum(), gating=window_gates(), window=4, steps=2))
     assert faults.passed, faults.detail

@@ -45,7 +45,6 @@ from .srwm import SelfReferential, SelfReferentialState, srwm
 from .streams import (
     Streams,
     comba_streams,
-    delta_product_streams,
     hgrn2_streams,
     mesa_streams,
     rwkv7_streams,
@@ -94,7 +93,6 @@ __all__ = [
     "comba",
     "comba_streams",
     "delta_product",
-    "delta_product_streams",
     "delta_rule",
     "fixed_gates",
     "gated_delta_gates",

@@ -1,4 +1,4 @@
-"""The linear recurrences that are no step of one rule on one pair, as a mixer."""
+"""The linear recurrences that are no steps of one rule on pairs, as a mixer."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ from .convolution import ShortConvolution
 from .layout import Layout, lay_out
 from .linear import WAYS
 from .mixer import Mixer, MixerModule, Output, check_width, linear
-from .streams import Given, Streams, delta_product_streams, mesa_streams
+from .streams import Given, Streams, mesa_streams
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +22,7 @@ class linear_mixer(Mixer):
     size: `chunk` only says how many tokens are taken at once. way: as of `linear.How`, in float32. convolution: its
     width; 1 for none. Sources: those of its streams. Oracles: `naive_layers`, one for each."""
 
-    streams: Streams = delta_product_streams()
+    streams: Streams
     chunk: int = 64
     convolution: int = 4
     way: Literal["chunked", "recurrent", "kernels"] = "chunked"
@@ -35,6 +35,10 @@ class linear_mixer(Mixer):
 
     def __post_init__(self) -> None:
         check_families(self)
+        if not isinstance(self.streams, Streams):
+            raise ValueError(
+                f"linear_mixer: streams must be one of Streams, such as comba_streams(), got {self.streams!r}"
+            )
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {self.chunk}")
         if self.way not in WAYS:

@@ -90,25 +90,6 @@ def hgrn2(p: Parameters, x: Tensor, heads: int) -> Told:
     return _over(p, x, heads, step)
 
 
-def delta_product(p: Parameters, x: Tensor, heads: int) -> Told:
-    """A decay, then n delta steps with step sizes in (0, 2)."""
-    mixed = _silu(_streams(p, x))
-    n = (mixed.shape[1] // x.shape[1] - 1) // 2
-    q, *rest = mixed.chunk(1 + 2 * n, -1)
-
-    def step(head: int, t: int, S: Tensor) -> tuple[Tensor, ...]:
-        S = S * _timed(p, x, t, head)
-        for j in range(n):
-            weight = (
-                p["streams.gates.step.weight"][head] if j == 0 else p["streams.more.weight"][(j - 1) * heads + head]
-            )
-            b, k = 2 * torch.sigmoid(weight @ x[t]), _unit(_head(rest[j][t], head, heads))
-            S = S - b * torch.outer(S @ k - _head(rest[n + j][t], head, heads), k)
-        return S @ _unit(_head(q[t], head, heads)) / math.sqrt(len(S)), S
-
-    return _over(p, x, heads, step)
-
-
 def comba(p: Parameters, x: Tensor, heads: int) -> Told:
     """S <- a S - b (S p) k^T + b v k^T, read for q - D p."""
     q, k, v = _silu(_streams(p, x)).chunk(3, -1)

@@ -24,7 +24,8 @@ Maps = tuple[Tensor, ...]
 
 class Flow(NamedTuple):
     """What comes into a memory, for one head of one row: keys, queries [t, k], values [t, v], gates [t]; and what a
-    gating may tell beside them: shares of a window's pairs [t, window], a bound [t], a step for each map [t, maps]."""
+    gating may tell beside them: shares of a window's pairs [t, window], a bound [t], a step for each map [t, maps].
+    Of n steps a token there are t n of each but queries and retention, a token's one after the other."""
 
     keys: Tensor
     values: Tensor
@@ -106,39 +107,50 @@ def _apart(y: Tensor, ends: Maps, expected: Tensor, wanted: Maps, leaves: list[T
 
 
 def _draw(memory: Memory, length: int, width: int) -> tuple[Maps, Flow]:
-    generator = torch.Generator().manual_seed(0)
+    generator, pairs = torch.Generator().manual_seed(0), length * _steps(memory)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(length, *shape, dtype=torch.float64, generator=generator)
+    def normal(*shape: int, count: int = pairs) -> Tensor:
+        return torch.randn(count, *shape, dtype=torch.float64, generator=generator)
 
     start = memory.structure.init(width, width, (), generator, unit_keys=True)
     weights = tuple(weight.double().requires_grad_() for weight in start)
-    keys, queries = F.normalize(normal(width), dim=-1), F.normalize(normal(width), dim=-1)
+    keys, queries = F.normalize(normal(width), dim=-1), F.normalize(normal(width, count=length), dim=-1)
     step_size = (0.9 if memory.exact else 0.05) * normal().sigmoid()
     by_channel = isinstance(memory, sequence_memory) and memory.gating.by_channel
-    retention = F.logsigmoid(normal(*[width] * by_channel) + 3)
+    retention = F.logsigmoid(normal(*[width] * by_channel, count=length) + 3)
     told = normal(memory.window).sigmoid(), 1.0 + normal().sigmoid(), normal(len(weights)).sigmoid()
     flow = Flow(keys, normal(width), queries, step_size, normal().sigmoid(), retention, *told)
     return weights, Flow(*(part.requires_grad_() for part in flow))
 
 
 def _run(memory: Memory, weights: Maps, flow: Flow) -> tuple[Tensor, Maps]:
+    n, once = _steps(memory), flow.log_retention
+    flow = flow._replace(log_retention=torch.stack([once, *[torch.zeros_like(once)] * (n - 1)], 1).flatten(0, 1))
     keys, values, queries, *gates = (part[None, None] for part in flow[:6])
     told = {name: getattr(flow, name)[None, None] for name in _tells(memory)}
     widths = keys.shape[-1], values.shape[-1]
     state, reads = memory.begin(tuple(weight[None, None] for weight in weights), widths), []
-    for first in range(0, keys.shape[2], memory.chunk):
-        at = slice(first, first + memory.chunk)
+    for first in range(0, queries.shape[2], memory.chunk):
+        at, asked = slice(first * n, (first + memory.chunk) * n), slice(first, first + memory.chunk)
         state = memory.open(state, True)
-        pairs = Writes(keys[:, :, at], values[:, :, at], Gates(*(gate[:, :, at] for gate in gates)))
+        pairs = Writes(keys[:, :, at], values[:, :, at], Gates(*(gate[:, :, at] for gate in gates)), steps=n)
         pairs = pairs._replace(**{name: part[:, :, at] for name, part in told.items()})
-        y, state = memory.run(state, pairs, queries[:, :, at])
+        y, state = memory.run(state, pairs, queries[:, :, asked])
         reads.append(y)
     return torch.cat(reads, 2)[0, 0], tuple(weight[0, 0] for weight in memory.exposed(state.running, state))
 
 
 def _tells(memory: Memory) -> tuple[str, ...]:
     return memory.gating.tells if isinstance(memory, sequence_memory) else ()
+
+
+def _steps(memory: Memory) -> int:
+    return memory.steps if isinstance(memory, sequence_memory) else 1
+
+
+def by_token(flow: Flow, pairs: Tensor) -> Tensor:
+    """[t n, ...] of every step -> [t, n, ...]."""
+    return pairs.unflatten(0, (len(flow.queries), -1))
 
 
 def layer(run: Callable[[Parameters, Tensor, int], Told]) -> LayerOracle:

@@ -1,7 +1,7 @@
 """What a linear recurrence takes of each token, as its paper makes it, and the recurrence itself.
 
-For those of the linear family that are no gradient step of one rule on one pair: keys that are gates, several steps a
-token, erases along other keys than are written, states of two matrices. The expression around them is `linear_mixer`.
+For those of the linear family that are no gradient steps of one rule on pairs: keys that are gates, erases along other
+keys than are written, states of two matrices. The expression around them is `linear_mixer`.
 """
 
 import math
@@ -17,7 +17,7 @@ from nestling.memory.part import Part, check_families
 
 from .elementwise import unit
 from .gating import SLOWEST, Asked, Gating, gated_delta_gates, sigmoid_gates
-from .linear import comba, delta_product, hgrn2, rwkv7
+from .linear import comba, hgrn2, rwkv7
 from .mesa import mesa
 from .mixer import linear
 
@@ -152,62 +152,6 @@ class _Gated(_OneMatrix):
         assert isinstance(gates.step_size, Tensor)
         assert isinstance(gates.log_retention, Tensor)
         return gates.step_size.transpose(1, 2), gates.log_retention.transpose(1, 2)
-
-
-@dataclass(frozen=True, repr=False)
-class delta_product_streams(Streams):
-    """S <- a_t S, then S <- S (I - b_j k_j k_j^T) + b_j v_j k_j^T for j < `steps`: several delta steps a token.
-
-    Keys and values of every step are projections of their own, through SiLU, keys L2-normalised; step sizes are
-    reach * sigmoid, with a reach of 2 products of reflections; a_t as in `gated_delta_gates`. DeltaProduct
-    (2502.10297), gated. Oracle: `naive_layers.delta_product`.
-    """
-
-    steps: int = 2
-    reach: float = 2.0
-    choices = "matrix()", "l2()", "decay() first", "gradient_descent(), several steps a token"
-
-    def __post_init__(self) -> None:
-        check_families(self)
-        if self.steps < 2:
-            raise ValueError(
-                f"delta_product_streams: steps must be at least 2 (one: the gated delta rule), got {self.steps}"
-            )
-        if not self.reach > 0:
-            raise ValueError(f"delta_product_streams: reach must be > 0, got {self.reach}")
-
-    @property
-    def widths(self) -> int:  # type: ignore[override]
-        return 1 + 2 * self.steps
-
-    def build(self, dim: int, heads: int, head_dim: int, generator: torch.Generator | None = None) -> StreamsModule:
-        return DeltaProductStreams(dim, heads, head_dim, self, generator)
-
-
-class DeltaProductStreams(_Gated):
-    writing = (3, 4)
-
-    def __init__(
-        self, dim: int, heads: int, head_dim: int, part: delta_product_streams, generator: torch.Generator | None
-    ) -> None:
-        super().__init__(dim, heads, head_dim, gated_delta_gates(reach=part.reach), generator)
-        self.part = part
-        self.more = linear((part.steps - 1) * heads, dim, generator, gain=0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.gates(x), self.more(x)], -1)
-
-    def prepare(self, mixed: Tensor, raw: Tensor) -> Given:
-        n, heads = self.part.steps, self.heads
-        q, *rest = self.split(F.silu(mixed), 1 + 2 * n)
-        k, v = torch.stack(rest[:n], 2), torch.stack(rest[n:], 2)  # [b, t, n, h, k]
-        last = (n - 1) * heads
-        first, log_retention = self.chosen(raw[..., : raw.shape[-1] - last])
-        others = self.part.reach * raw[..., raw.shape[-1] - last :].unflatten(-1, (n - 1, heads)).sigmoid()
-        return unit(q), unit(k), v, torch.cat([first.unsqueeze(2), others], 2), log_retention
-
-    def run(self, given: Given, state: Any, chunk: int, way: str) -> tuple[Tensor, Any]:
-        return delta_product(*given, initial_state=state, chunk=chunk, way=way)
 
 
 @dataclass(frozen=True, repr=False)

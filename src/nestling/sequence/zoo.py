@@ -33,6 +33,7 @@ from .miras import memora, moneta, yaad
 from .named import Model
 from .oracles import (
     around,
+    by_token,
     deep,
     every_channel,
     featured,
@@ -50,7 +51,7 @@ from .pair_gates import map_gates, unit_steps, window_gates
 from .preparation import bare, silu
 from .self_modifying import self_modifying
 from .srwm import srwm
-from .streams import comba_streams, delta_product_streams, hgrn2_streams, mesa_streams, rwkv7_streams
+from .streams import comba_streams, hgrn2_streams, mesa_streams, rwkv7_streams
 from .titans import mag, mal
 from .tnt import tnt
 
@@ -128,10 +129,14 @@ zoo: dict[str, Model] = {
         note="g is learned in every layer alone; the paper's rise with depth",
     ),
     "delta_product": Model(
-        linear_mixer(delta_product_streams()),
+        _exact(l2(), retain_first(decay(), gradient_descent()), gating=gated_delta_gates(reach=2.0), steps=2, chunk=32),
         "S_t = a_t S_{t-1} prod_j (I - eta_tj k_tj k_tj^T), each with its write eta_tj v_tj k_tj^T",
         "Siems et al. 2025 (arXiv 2502.10297)",
-        layer(naive_layers.delta_product),
+        linear(
+            lambda f, s: naive_linear.naive_delta_product(
+                f.queries, by_token(f, f.keys), by_token(f, f.values), by_token(f, f.step_size), f.retention, s
+            )
+        ),
     ),
     "rwkv7": Model(
         linear_mixer(rwkv7_streams(), convolution=2),

@@ -511,7 +511,7 @@ MUTANTS = (
     Mutant("checks/special.py", "far <= FAR, far", "True, far", "tests/test_special_case_law.py"),
     Mutant("checks/special.py", "[y.detach(), *gradients]", "[y.detach() * 0.0]", "tests/test_special_case_law.py"),
     Mutant("sequence/linear_caching.py", "y = own * y +", "y = y +", "tests/test_linear_caching.py"),
-    Mutant("sequence/tnt.py", "gates, pairs.valid), queries)", "gates), queries)", "tests/test_layout.py"),
+    Mutant("sequence/tnt.py", "gates, pairs.valid, steps", "gates, steps", "tests/test_layout.py"),
     Mutant(
         "sequence/tnt.py",
         "states = own if rows is True else select(rows, own, states)",

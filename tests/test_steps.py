@@ -40,8 +40,11 @@ from nestling.sequence import (
     averaged_gates,
     bare,
     caching,
+    fixed_gates,
     gated_delta_gates,
     kda_gates,
+    low_rank_gates,
+    mac,
     mamba2_gates,
     map_gates,
     rwkv7_gates,
@@ -265,6 +268,16 @@ def test_each_step_has_rows_of_its_own_and_the_token_one_retention(name: str) ->
     torch.testing.assert_close(once[:, :, ::3], expected)
 
 
+@pytest.mark.parametrize("gating", [fixed_gates(), low_rank_gates(rank=2)], ids=str)
+def test_a_step_size_that_is_not_learned_is_that_of_all_steps(gating: Any) -> None:
+    module = moved_gates(gating)
+    chosen = module.choose(module(X), 0.7)
+    step_size, _, once = gates_in_turn(chosen, 3)
+    assert torch.equal(step_size, torch.full((2, HEADS, 15), 0.7, dtype=F64))
+    assert torch.equal(once[:, :, ::3], chosen.log_retention)
+    assert not once.unflatten(2, (5, 3))[:, :, :, 1:].any()
+
+
 def test_momenta_and_what_else_is_told_are_of_each_step() -> None:
     module = moved_gates(map_gates(unit_steps(), maps=2))
     raw = module(X)
@@ -311,10 +324,10 @@ def test_preparations_know_keys_from_values(part: Any) -> None:
 
 
 def test_it_keeps_the_laws_and_is_told_of() -> None:
-    config = ModelConfig(dim=8, heads=2, blocks=1, vocabulary=7, mixer=DEEP)
     names = ["causality", "rows_independent", "purity", "split_invariance", "gradient_coverage"]
-    report = check(Decoder(config), only=names)
-    assert report.passed, str(report)
+    for mixer in (DEEP, mac(DEEP, segment=6, persistent=2)):
+        report = check(Decoder(ModelConfig(dim=8, heads=2, blocks=1, vocabulary=7, mixer=mixer)), only=names)
+        assert report.passed, str(report)
     assert options_live(DEEP).passed
     assert Model(DEEP, "", "").choices[3] == "momentum(), 2 steps a token"
     assert parse(repr(DEEP), Mixer) == DEEP

@@ -66,8 +66,8 @@ class SequenceMemory(MixerModule):
     k, v, q = heads of convolution(W x), as `preparation` makes them (SiLU, k and q L2-normalised); step size, momentum
     and log retention for each head and token as `gating` chooses them (sigmoids of projections); y = what the memory
     reads for q, through norm, gate and output projection. With several `steps` a token there are as many k, v, step
-    sizes and momenta. The initial weights are parameters: the outer loss learns
-    them through every write. x [b, t, d] -> [b, t, d]. Sources: Titans 3 and 4.4; Miras. Oracle: memory.naive.
+    sizes and momenta. The initial weights are parameters: the outer loss learns them through every write.
+    x [b, t, d] -> [b, t, d]. Sources: Titans 3 and 4.4; Miras. Oracle: memory.naive.
     Raises ValueError when heads do not divide dim, or parts do not fit together.
     """
 

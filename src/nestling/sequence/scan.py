@@ -277,7 +277,7 @@ class Memory:
         if counted is not None:
             log_retention = log_retention * (counted[..., None] if pairs.gates.by_channel else counted)
         before, n = self.read == "before", pairs.steps
-        # that form reads after every step: a token's query stands at each of its own, and one answer is taken
+        # this form reads at every step: a token asks at each of its own, and one of the answers is taken
         asked = queries if queries is None or n == 1 else queries.repeat_interleave(n, 2)
         y, weight = run_as_linear_memory(
             *(plan, log_retention, state.running[0], pairs.keys, fixed, slope, asked), before=before, way=self.way
@@ -451,9 +451,9 @@ class Memory:
 class Writes(NamedTuple):
     """What is written to a memory in one piece, and how.
 
-    steps: how many pairs each token writes, one after the other; with n of them, c is n times the tokens but in
-    `valid`. keys [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k];
-    valid [b, c / n]: slots that hold a token (None: all). own_targets: what is learned is not the value but the
+    steps: how many of the c pairs are each token's, one after the other; queries and `valid` are by token. keys
+    [b, h, c, k]; values [b, h, c, v]; gates: numbers or [b, h, c], retention by channel [b, h, c, k]; valid
+    [b, c / steps]: slots that hold a token (None: all). own_targets: what is learned is not the value but the
     memory's own answer to it at the weights on which the chunk opened. carry: what `Memory.transfer` makes of the
     gates, where it is known. bound [b, h, c]: each pair's own, of a bias that has one. shares [b, h, c, window]: how
     much each pair of a window counts, its own first. map_steps [b, h, c, maps]: what the step size of every map is

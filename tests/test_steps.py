@@ -333,6 +333,20 @@ def test_it_keeps_the_laws_and_is_told_of() -> None:
     assert parse(repr(DEEP), Mixer) == DEEP
 
 
+def test_a_deep_memory_of_two_steps_trains() -> None:
+    mixer = sequence_memory(mlp(), l2(), retain(decay(), momentum(normalize())), 8, steps=2)
+    model = Decoder(ModelConfig(dim=16, heads=2, blocks=1, mixer=mixer), seed=0)
+    text = torch.tensor([list(b"a few words, again and again; " * 3)])
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(20):
+        loss = F.cross_entropy(model(text[:, :-1])[0].flatten(0, 1), text[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
 def test_one_step_is_not_in_the_data_of_a_model() -> None:
     """Whose digests were taken before there were several."""
     assert "steps" not in to_data(sequence_memory())

@@ -5,7 +5,8 @@
 The blocks are those of benchmarks/sequence.py, timed in turn at --batch, --length and --width. A narrower --dtype is
 that of torch's autocast: what memories write and read stays in float32, and what gains are the products around them.
 Reported beside times: the multiplications and additions of matrix products (as torch counts them) a second, and what
-share they are of those that one large product of the same type does a second. Results go to device_DEVICE_DTYPE.json.
+share they are of those that one large product of the same type does a second. --compiled: the blocks with memories
+again, with what they do with a chunk by torch.compile. Results go to device_DEVICE_DTYPE.json.
 
 Beside the blocks, the linear family as functions of q, k, v and gates at --lengths: this library's chunk form, the same
 functions with way="kernels" (the extra `gpu`), flash-linear-attention's gated delta rule as its users call it, and
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestling.memory import mlp
 from nestling.sequence import (
+    compile_steps,
     delta_rule,
     gated_delta_rule,
     gated_linear_attention,
@@ -42,13 +44,19 @@ from nestling.tasks.record import write_result
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build(dim: int, heads: int) -> dict[str, nn.Module]:
-    return {
-        "transformer block": TransformerBlock(dim=dim, heads=heads),
-        "titans mixer": Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK), dim, heads),
-        "self-modifying mixer": Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK), dim, heads),
-        "hope block": Hope(dim, heads),
-    }
+def build(dim: int, heads: int, compiled: bool) -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {"transformer block": TransformerBlock(dim=dim, heads=heads)}
+    for ending in ("", ", compiled")[: 1 + compiled]:
+        own: dict[str, nn.Module] = {
+            "titans mixer": Mixed(sequence_memory(mlp(expansion=2.0), chunk=CHUNK), dim, heads),
+            "self-modifying mixer": Mixed(self_modifying(chunk=CHUNK, projection_chunk=CHUNK), dim, heads),
+            "hope block": Hope(dim, heads),
+        }
+        for name, block in own.items():
+            if ending:
+                compile_steps(block)
+            made[name + ending] = block
+    return made
 
 
 def wait(device: torch.device) -> None:
@@ -106,7 +114,7 @@ def measure(x: Tensor, blocks: dict[str, nn.Module], dtype: torch.dtype, repeats
     times = interleaved(cases, repeats, time.perf_counter)
     rows: dict[str, Any] = {}
     for name, own in times.items():
-        seconds, done = statistics.median(own), operations(cases[name])
+        seconds, done = statistics.median(own), operations(cases[name.removesuffix(", compiled")])
         ratios = [a / b for a, b in zip(own, times["transformer block"], strict=True)]
         rows[name] = {
             "ms": round(1e3 * seconds, 2),
@@ -194,13 +202,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args(arguments)
     if asked.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no such device here; --device cpu runs everywhere")
     torch.manual_seed(0)
     x = torch.randn(asked.batch, asked.length, asked.width, device=asked.device)
-    blocks = {name: block.to(asked.device) for name, block in build(asked.width, asked.heads).items()}
+    blocks = {name: block.to(asked.device) for name, block in build(asked.width, asked.heads, asked.compiled).items()}
     result = {
         "what": "benchmarks/device.py",
         "device": torch.cuda.get_device_name(asked.device) if asked.device.type == "cuda" else asked.device.type,

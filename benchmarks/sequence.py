@@ -5,8 +5,9 @@
 
 Every case is timed in turn, round after round, so that what else the machine does falls on all of them; medians and
 ratios are reported. --zoo: every named model, or those given, in place of the blocks: forward + backward and peak
-memory, and a second table of forward passes over --lengths tokens. Results go to files (sequence, zoo) that name the
-machine and the commit.
+memory, and a second table of forward passes over --lengths tokens. --compiled: Titans, self-modifying Titans and Hope
+with and without torch.compile, whose first calls take minutes. Results go to files (sequence, zoo, compiled) that name
+the machine and the commit.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +32,7 @@ from torch.nn import functional as F
 from nestling.levels import Continuum, Reader, level
 from nestling.memory import Structure, matrix, mlp
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import self_modifying, sequence_memory
+from nestling.sequence import compile_steps, self_modifying, sequence_memory
 from nestling.sequence.zoo import zoo
 from nestling.tasks.record import write_result
 
@@ -153,13 +155,22 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     f"zoo {name}": lambda model=model: Mixed(model.mixer)  # type: ignore[misc]
     for name, model in zoo.items()
 }
-ALL = BLOCKS | RECOMPUTED | ZOO
+COMPILED = ("titans mixer", "self-modifying mixer", "hope block")
 
 
-def blocks(repeats: int) -> dict[str, Any]:
+def compiled(name: str) -> nn.Module:
+    block = BLOCKS[name]()
+    compile_steps(block)
+    return block
+
+
+ALL = BLOCKS | RECOMPUTED | ZOO | {f"{name}, compiled": partial(compiled, name) for name in COMPILED}
+
+
+def blocks(names: Iterable[str], repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(BATCH, LENGTH, DIM)
-    built = {name: build() for name, build in BLOCKS.items()}
+    built = {name: ALL[name]() for name in names}
     cases: dict[str, Callable[[], None]] = {}
     for name, block in built.items():
         cases[f"{name}, forward"] = lambda block=block: forward(block, x)  # type: ignore[misc]
@@ -281,6 +292,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--zoo", nargs="*", metavar="NAME")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens, of the zoo's first table")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens, of the zoo's second table")
     asked = parser.parse_args()
@@ -289,16 +301,32 @@ def main() -> None:
     if asked.zoo is not None:
         measure_zoo(asked.zoo or list(zoo), asked)
         return
+    if asked.compiled:
+        measure_compiled(asked)
+        return
     result = {
         "what": "benchmarks/sequence.py",
         "shape": {"batch": BATCH, "length": LENGTH, "dim": DIM, "heads": HEADS, "chunk": CHUNK},
         "repeats": asked.repeats,
-        "blocks": blocks(asked.repeats),
+        "blocks": blocks(BLOCKS, asked.repeats),
         "recomputation": recomputation(max(3, asked.repeats // 2)),
         "time_16k_over_4k": lengths(max(3, asked.repeats // 2)),
         "learning": learning(asked.repeats),
     }
     write_result(asked.out, "sequence", result)
+    print(json.dumps(result, indent=2))
+
+
+def measure_compiled(asked: argparse.Namespace) -> None:
+    names = ["transformer block", *COMPILED, *(f"{name}, compiled" for name in COMPILED)]
+    result = {
+        "what": "benchmarks/sequence.py --compiled",
+        "shape": {"batch": BATCH, "length": LENGTH, "dim": DIM, "heads": HEADS, "chunk": CHUNK},
+        "repeats": asked.repeats,
+        "threads": asked.threads,
+        "blocks": blocks(names, asked.repeats),
+    }
+    write_result(asked.out, "compiled", result)
     print(json.dumps(result, indent=2))
 
 

@@ -77,8 +77,8 @@ MUTANTS = (
     ),
     Mutant(
         "sequence/fused.py",
-        "return _add(answer, scores.mul_(written), writes, -1.0)",
-        "return _add(answer, scores.mul_(written), writes, 1.0)",
+        "return _add(answer, _times(scores, written), writes, -1.0)",
+        "return _add(answer, _times(scores, written), writes, 1.0)",
         "tests/test_fused.py",
     ),
     Mutant("sequence/fused.py", "torch.lerp(start, weight,", "torch.lerp(weight, start,", "tests/test_fused.py"),
@@ -116,8 +116,8 @@ MUTANTS = (
     Mutant("sequence/convolution.py", "after = x[:, -back:]", "after = x[:, :back]", "tests/test_layout.py"),
     Mutant(
         "sequence/self_modifying.py",
-        "pairs = Writes(k, v, gates, present, True, carry)",
-        "pairs = Writes(k, v, gates, present, False, carry)",
+        "Writes(k, v, gates, present, True, carry)",
+        "Writes(k, v, gates, present, False, carry)",
         "tests/test_self_modifying.py",
     ),
     Mutant(
@@ -507,6 +507,27 @@ MUTANTS = (
         "_bare(expression.gate_structure or expression.structure)",
         "_bare(expression.structure)",
         "tests/test_self_modifying.py",
+    ),
+    Mutant("train/loop.py", "if config.compile:", "if False:", "tests/test_train.py"),
+    Mutant("sequence/compiled.py", "x.view_as(x) if again else x", "x", "tests/test_compiled.py"),
+    Mutant("sequence/compiled.py", "x.requires_grad != asked", "False", "tests/test_compiled.py"),
+    Mutant(
+        "sequence/compiled.py", "*map_tensors(Tensor.contiguous, tuple(others))", "*others", "tests/test_compiled.py"
+    ),
+    Mutant(
+        "sequence/compiled.py", "if piece.stop - piece.start < chunk or not all", "if not all", "tests/test_compiled.py"
+    ),
+    Mutant(
+        "sequence/compiled.py",
+        "_walk(forward, given, more) if",
+        "_walk(forward, given, more) if False and",
+        "tests/test_compiled.py",
+    ),
+    Mutant(
+        "sequence/fused.py",
+        "_add(known, scores * written, fixed, -1.0)",
+        "_add(known, scores * written, fixed)",
+        "tests/test_fused.py",
     ),
     Mutant("checks/special.py", "far <= FAR, far", "True, far", "tests/test_special_case_law.py"),
     Mutant("checks/special.py", "[y.detach(), *gradients]", "[y.detach() * 0.0]", "tests/test_special_case_law.py"),

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nestling.cli import main
+from nestling.cli import main, training
+from nestling.learner import read_generation
 
 TINY = ["--preset", "tiny", "--steps", "4", "--rows", "2", "--length", "24", "--threads", "1"]
 
@@ -117,6 +119,38 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path, capfd: pytest.Captur
     assert main(["learn", str(out), str(text)]) == 0
     capfd.readouterr()
     bad([*train, "--resume", "--steps", "8"], capfd, "a life has begun in it")
+
+
+def test_a_run_from_before_there_was_an_option_goes_on_with_its_default(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("text of some kind " * 30)
+    train = ["train", "--data", str(text), "--out", str(out), *TINY]
+    assert main(train) == 0
+
+    def older(folder: Path) -> Any:
+        generation = read_generation(folder)
+        del generation.data["config"]["train"]["compile"]
+        return generation
+
+    monkeypatch.setattr(training, "read_generation", older)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
+    capfd.readouterr()
+    bad([*train, "--resume", "--steps", "6", "--compile"], capfd, "compile was False", "True now")
+    assert main([*train, "--resume", "--steps", "6"]) == 0
+
+
+def test_compile_without_a_compiler_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text of some kind " * 30)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    bad(
+        ["train", "--data", str(text), "--out", str(tmp_path / "out"), *TINY, "--compile"], capfd, "g++, clang++ or c++"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_diverging_training_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

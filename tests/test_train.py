@@ -76,6 +76,15 @@ def test_level_clock_holds_back_until_its_period() -> None:
     assert moved == [[True, step % 3 == 2, True] for step in range(6)]
 
 
+def test_compile_is_for_the_steps_of_mixers() -> None:
+    """That these are then compiled, and are the plain ones: tests/test_compiled.py."""
+    models = [Decoder(TINY) for _ in range(2)]
+    for model, asked in zip(models, (False, True), strict=True):
+        Trainer(model, TrainConfig(compile=asked))
+    plain, compiled = ({block.mixer.step_options is not None for block in model.blocks} for model in models)
+    assert (plain, compiled) == ({False}, {True})
+
+
 def test_accumulation_in_parts_is_one_batch() -> None:
     config = TrainConfig(steps=2, rows=4, length=20)
     weights = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def train_command(arguments: list[str]) -> None:
         raise ValueError(f"checkpoint_every must be >= 1 step, got {asked.checkpoint_every}")
     if asked.threads < 0:
         raise ValueError(f"threads must be >= 0 (0: as many as torch takes), got {asked.threads}")
+    if asked.train.compile and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("--compile: torch.compile needs a C++ compiler, and there is none (g++, clang++ or c++)")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
@@ -132,9 +135,10 @@ def _check_same(out: Path, model_config: ModelConfig, config: TrainConfig, text:
     saved = read_generation(folder).data.get("config", {})
     if not {"model", "train", "run"} <= set(saved):
         raise ValueError(f"{folder}/config.json: not a training run's: it needs model, train and run")
-    for name, now in (("model", to_data(model_config)), ("train", to_data(config))):
-        for key, value in now.items():
-            was = saved[name].get(key)
+    for name, now, new in (("model", model_config, ModelConfig()), ("train", config, TrainConfig())):
+        before = to_data(new) | saved[name]  # runs begun before there was a field have its default
+        for key, value in to_data(now).items():
+            was = before.get(key)
             if was != value and not (name == "train" and key == "steps"):
                 raise ValueError(f"--resume: {key} was {was!r} in {out}, and is {value!r} now; a run goes on unchanged")
     was = saved["run"]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from nestling.levels.continuum import Continuum, Taps, level
 from nestling.levels.slots import Slots
 from nestling.memory.structure import Weights
+from nestling.sequence import compile_steps
 
 from .config import ModelConfig
 
@@ -66,6 +67,10 @@ class Decoder(nn.Module):
 
     def level_weights(self) -> tuple[Weights, ...]:
         return tuple(maps for block in self.blocks for maps in block.continuum.level_weights())  # type: ignore[union-attr, operator]
+
+    def compile(self, **options: Any) -> None:
+        """`sequence.compile_steps` of all mixers; `options` are torch.compile's."""
+        compile_steps(self, **options)
 
     def init_state(self, batch: int) -> ModelState:
         return ModelState(tuple(block.mixer.init_state(batch) for block in self.blocks))  # type: ignore[union-attr, operator]

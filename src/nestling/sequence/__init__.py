@@ -35,7 +35,7 @@ from .linear_mixer import LinearMixer, LinearState, linear_mixer
 from .lstm import LongShortTermMemory, LstmState, lstm
 from .mesa import mesa
 from .miras import memora, moneta, yaad
-from .mixer import Mixer, MixerModule
+from .mixer import Mixer, MixerModule, compile_steps
 from .pair_gates import bound_gates, map_gates, unit_steps, window_gates
 from .preparation import Preparation, bare, silu, silu_unit, unit_keys
 from .scan import Memory, MemoryState
@@ -92,6 +92,7 @@ __all__ = [
     "caching",
     "comba",
     "comba_streams",
+    "compile_steps",
     "delta_product",
     "delta_rule",
     "fixed_gates",

@@ -21,7 +21,8 @@ from torch import Tensor
 from nestling.memory.rule import Plan
 from nestling.memory.structure import stands_for_many
 
-from .fused import Decay, Last, Look, Write
+from . import fused
+from .fused import Decay, Last
 
 
 class Stand(NamedTuple):
@@ -179,7 +180,7 @@ def write(
         assert not slope
         stand = carry.after
     eta = plan.write if plan.sight is None else plan.write * plan.sight
-    after, buffer, writes, erased = Write.apply(
+    after, buffer, writes, erased = fused.write(
         slope,
         graph_only,
         *before[:3],
@@ -207,4 +208,4 @@ def read(chunk: MapChunk, queries: Tensor, *, before: bool = False, steps: int =
         writes, erased, kept = writes if erased is None else writes + erased, None, None  # type: ignore[assignment]
     weight, start, buffer, _ = chunk.before
     maps, stood = (weight, start, buffer), (stand.start_kept, stand.start_read, stand.written, kept)
-    return chunk.before.apart(Look.apply(graph_only, queries, *maps, chunk.inputs, writes, erased, *stood))
+    return chunk.before.apart(fused.look(graph_only, queries, *maps, chunk.inputs, writes, erased, *stood))

@@ -122,11 +122,7 @@ class Look(Function):
         ctx.save_for_backward(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
         if graph_only:
             return x.new_empty(*weight.shape[:-2], x.shape[-2], weight.shape[-2])
-        answer = _standing(weight, start, buffer, x, b, f)
-        scores = x @ inputs.mT
-        if erased is not None and kept is not None:
-            answer = _add(answer, scores * kept, erased, -1.0)
-        return _add(answer, scores.mul_(written), writes, -1.0)
+        return _looked(x, weight, start, buffer, inputs, writes, erased, b, f, written, kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -188,17 +184,8 @@ class Write(Function):
         kept_end: Tensor | None,
         decayed: Tensor | None,
     ) -> Any:
-        seen = erased = None
-        writes, ends = fixed, (b_end, f_end, m_end, written_end, kept_end, decayed)
-        if eta is not None or beta is not None:
-            known, scores = _standing(weight, start, buffer, x, b, f), x @ x.mT
-            known = _add(known, scores * written, fixed, -1.0)
-            system = scores.mul_(_system(slope, eta, beta, written, kept))
-            seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
-        if eta is not None and seen is not None:
-            writes = torch.addcmul(fixed, seen, eta[..., None], value=slope)
-        if beta is not None and seen is not None:
-            erased = seen * beta[..., None]
+        ends = b_end, f_end, m_end, written_end, kept_end, decayed
+        writes, erased, seen = _read_along(slope, weight, start, buffer, x, fixed, eta, beta, b, f, written, kept)
         if graph_only:
             after, after_buffer = torch.empty_like(weight), None if buffer is None else torch.empty_like(buffer)
         else:
@@ -283,6 +270,66 @@ class Write(Function):
         )
 
 
+def look(graph_only: bool, *given: Any) -> Tensor:
+    """`Look`; where a compiler looks, by the gradients that it derives, which it can join with what stands around."""
+    return _looked(*given) if torch.compiler.is_compiling() else Look.apply(graph_only, *given)
+
+
+def write(slope: float, graph_only: bool, *given: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """`Write`, as `look` is `Look`."""
+    if not torch.compiler.is_compiling():
+        return Write.apply(slope, graph_only, *given)
+    writes, erased, _ = _read_along(slope, *given[:11])
+    weight, start, buffer, x = given[:4]
+    return (*_ended(weight, start, buffer, x, writes, erased, *given[11:]), writes, erased)
+
+
+def _looked(
+    x: Tensor,
+    weight: Tensor,
+    start: Tensor | None,
+    buffer: Tensor | None,
+    inputs: Tensor,
+    writes: Tensor,
+    erased: Tensor | None,
+    b: Tensor | None,
+    f: Tensor | None,
+    written: Tensor,
+    kept: Tensor | None,
+) -> Tensor:
+    """What `Look` answers."""
+    answer = _standing(weight, start, buffer, x, b, f)
+    scores = x @ inputs.mT
+    if erased is not None and kept is not None:
+        answer = _add(answer, scores * kept, erased, -1.0)
+    return _add(answer, _times(scores, written), writes, -1.0)
+
+
+def _read_along(
+    slope: float,
+    weight: Tensor,
+    start: Tensor | None,
+    buffer: Tensor | None,
+    x: Tensor,
+    fixed: Tensor,
+    eta: Tensor | None,
+    beta: Tensor | None,
+    b: Tensor | None,
+    f: Tensor | None,
+    written: Tensor,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """w, e and r of `Write`."""
+    if eta is None and beta is None:
+        return fixed, None, None
+    known, scores = _standing(weight, start, buffer, x, b, f), x @ x.mT
+    known = _add(known, scores * written, fixed, -1.0)
+    system = _times(scores, _system(slope, eta, beta, written, kept))
+    seen = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    writes = fixed if eta is None else torch.addcmul(fixed, seen, eta[..., None], value=slope)
+    return writes, None if beta is None else seen * beta[..., None], seen
+
+
 def _sum(own: Tensor, x: Tensor, times: float = 1.0) -> Tensor:
     """own + times x, written over one's own where no graph needs it."""
     return torch.add(own, x, alpha=times) if torch.is_grad_enabled() else own.add_(x, alpha=times)
@@ -317,14 +364,15 @@ def _ended(
     """W' and S'."""
     change = writes * written_end[..., None]
     if erased is not None and kept_end is not None:
-        change.addcmul_(erased, kept_end[..., None])
+        change = _plus(change, erased, kept_end[..., None])
     after = _stood(weight, start, b_end)
     if buffer is not None and f_end is not None:
-        after.addcmul_(buffer, f_end[..., None, None])
+        after = _plus(after, buffer, f_end[..., None, None])
     after = _add(after, change.mT, x, -1.0)
     if buffer is None or m_end is None or decayed is None:
         return after, None
-    change = torch.mul(writes, decayed[..., None], out=change)
+    fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    change = torch.mul(writes, decayed[..., None], out=None if fresh else change)
     return after, _add(buffer * m_end[..., None, None], change.mT, x, -1.0)
 
 

@@ -13,6 +13,7 @@ from nestling.memory.retention import decay_to_start
 from nestling.memory.rule import Gates, Rule, clip, dampen, momentum, normalize, retain
 from nestling.memory.structure import Weights
 
+from .compiled import chunk_step
 from .convolution import ShortConvolution
 from .gating import Asked, Gating, gates_of, sigmoid_gates
 from .layout import Layout, Piece, lay_out
@@ -112,7 +113,8 @@ class SequenceMemory(MixerModule):
         layout = self._layout(state.phase, x.shape[1], reset, valid)
         if not layout.pieces:  # nothing but padding
             return torch.zeros_like(x), state
-        y, (memory,), tail = self.through(x, state.tail, layout, (state.memory,), (start.memory,), self.step)
+        step = chunk_step(self.step, self.memory.chunk, self.step_options)
+        y, (memory,), tail = self.through(x, state.tail, layout, (state.memory,), (start.memory,), step)
         return self.output(y, x), SequenceState(layout.phase, tail, memory)
 
     def _layout(self, phase: Tensor, length: int, reset: Tensor | None, valid: Tensor | None) -> Layout:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nestling.memory.part import Part
 from nestling.memory.structure import Weights
 
+from .compiled import walked
 from .elementwise import Gated
 
 
@@ -26,7 +27,19 @@ class Mixer(Part, family=True):
 
 
 class MixerModule(nn.Module):
-    """A mixer with its weights: y, state = mixer(x, state). The state is all that it remembers."""
+    """A mixer with its weights: y, state = mixer(x, state). The state is all that it remembers. step_options: what
+    torch.compile is given for its chunks' step, once it was asked to `compile`."""
+
+    step_options: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "forward" in vars(cls):
+            cls.forward = walked(cls.forward)  # type: ignore[method-assign]
+
+    def compile(self, **options: Any) -> None:
+        """`compile_steps` of this mixer, in the place of nn.Module's own, which would trace the walk over chunks."""
+        compile_steps(self, **options)
 
     def init_state(self, batch: int) -> Any:
         """The state at the start of a document, for `batch` rows."""
@@ -48,6 +61,19 @@ class MixerModule(nn.Module):
         """The weights [b, h, out, in] of the memory as they stand, for those who read it without writing. Raises
         ValueError where there is no memory with weights."""
         raise ValueError(f"{type(self).__name__} has no memory whose weights could be read")
+
+
+def compile_steps(module: nn.Module, **options: Any) -> None:
+    """From now on the mixers in `module` that go through chunks with a memory take whole chunks by torch.compile.
+
+    options: torch.compile's. Shapes are fixed unless `dynamic` says otherwise; it keeps 8 forms of a step
+    (`recompile_limit`), one for each batch size, twice with and without gradients, and all else runs as before, with
+    the same numbers but for rounding. The first call takes a minute or more, and a C++ compiler on a CPU. There are no
+    second derivatives. What is compiled: `SequenceMemory`, alone, in `mac`, `mag`, `mal` and `tnt`; `SelfModifying`.
+    """
+    for mixer in module.modules():
+        if isinstance(mixer, MixerModule):
+            mixer.step_options = {"dynamic": False, **options}
 
 
 def linear(

@@ -51,7 +51,8 @@ class MemoryState(NamedTuple):
     recent: windows.Recent | tuple[()] = ()  # of a memory with a window
 
 
-States = tuple[MemoryState, ...]
+States = tuple[Any, ...]
+"""What a step carries from piece to piece: states of memories, and tensors [b, ...] that a document's start resets."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,7 @@ from nestling.memory.compound import biased, features
 from nestling.memory.rule import Gates
 from nestling.memory.structure import Structure, Weights, gated_mlp, matrix, mlp, plain, side_by_side, together
 
+from .compiled import chunk_step
 from .convolution import ShortConvolution
 from .elementwise import Heads, unit
 from .layout import Piece, lay_out
@@ -209,7 +210,6 @@ class SelfModifying(MixerModule):
             return None, state
         mixed, tail = self.convolution(layout.spread(self.mix(x)), state.tail, layout)
         raw = layout.spread(self.gates(x))
-        bounded: dict[int, tuple[Piece, Tensor]] = {}
         own = (self.value_scale[:, None, None], self.gate_bias)
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.value_scale.dtype
@@ -219,30 +219,31 @@ class SelfModifying(MixerModule):
             raw_gates = layout.cut(raw.to(dtype).mT.unflatten(1, (-1, self.heads)), -1)  # [b, gate, h, c] each
 
             places = [layout.present(piece) for piece in layout.pieces]
-            given = [(own, *parts) for parts in zip(places, raw_gates, u, *projected, strict=True)]
-
-            def step(piece: Piece, given: Any, states: States) -> tuple[Tensor, States]:
-                own, present, raw_gates, u, *projected = given
-                *generators, main = self.memories
-                *opened, known = (
-                    memory.open(state, piece.opens[memory is main])
-                    for memory, state in zip(self.memories, states, strict=True)
-                )
-                q, k, v, gates, near = self.project(opened, u, projected, raw_gates, *own)
-                bounded[piece.start] = (piece, near if present is None else near & present[:, None])
-                carry = main.transfer(known, gates) if present is None else None
-                pairs = Writes(k, v, gates, present, True, carry)
-                run = partial(Memory.run, pairs=pairs, graph_only=piece.graph_only)
-                y, known = run(main, known, queries=q)
-                written = (run(memory, state)[1] for memory, state in zip(generators, opened, strict=True))
-                return torch.cat([y, q], -1) if asked else y, (*written, known)
-
-            y, memories = scan(
-                layout, state.memories, start.memories, given, step, checkpoint=self.expression.checkpoint
+            given = [(asked, own, *parts) for parts in zip(places, raw_gates, u, *projected, strict=True)]
+            step = chunk_step(self._step, min(sizes), self.step_options)
+            y, (*memories, bounded) = scan(
+                *(layout, (*state.memories, state.bounded), (*start.memories, start.bounded), given, step),
+                checkpoint=self.expression.checkpoint,
             )
         y = layout.gather(y.transpose(1, 2)).transpose(1, 2)
-        count = _count(state.bounded, list(bounded.values()))
-        return y, SelfModifyingState(layout.phase, tail, memories, count)
+        return y, SelfModifyingState(layout.phase, tail, tuple(memories), bounded)
+
+    def _step(self, piece: Piece, given: Any, states: Any) -> tuple[Tensor, Any]:
+        """One piece: every memory's chunk opened where one opens, projections, writes, and the main memory's answer
+        [b, h, c, v], beside the queries if asked; states: those of the memories, and how many steps met their bound."""
+        asked, own, present, raw_gates, u, *projected = given
+        *generators, main = self.memories
+        *states, bounded = states
+        *opened, known = (
+            memory.open(state, piece.opens[memory is main]) for memory, state in zip(self.memories, states, strict=True)
+        )
+        q, k, v, gates, near = self.project(opened, u, projected, raw_gates, *own)
+        near = near if present is None else near & present[:, None]
+        carry = main.transfer(known, gates) if present is None else None
+        run = partial(Memory.run, pairs=Writes(k, v, gates, present, True, carry), graph_only=piece.graph_only)
+        y, known = run(main, known, queries=q)
+        written = (run(memory, state)[1] for memory, state in zip(generators, opened, strict=True))
+        return torch.cat([y, q], -1) if asked else y, (*written, known, bounded + near.sum((1, 2)))
 
     def standing(self, state: SelfModifyingState) -> Weights:
         return self.memories[-1].standing(state.memories[-1])
@@ -281,11 +282,3 @@ def _bare(structure: Structure) -> Structure:
     if isinstance(structure, matrix):
         return structure
     raise ValueError(f"self_modifying: matrix() and mlp() memories can be made to end in a gate, not {structure}")
-
-
-def _count(before: Tensor, found: list[tuple[Piece, Tensor]]) -> Tensor:
-    for piece, near in found:
-        if piece.reset is not None:
-            before = torch.where(piece.reset, torch.zeros_like(before), before)
-        before = before + near.sum((1, 2))
-    return before

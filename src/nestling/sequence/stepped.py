@@ -70,6 +70,6 @@ def tick(rule: Rule, weight: Tensor, pending: Pending, tokens: int) -> tuple[Ten
     stepped, after = rule.step(weight, gradient, rule.anchor(pending.of), Gates(mean, momentum / some, log_retention))
     empty = begin(rule, weight)._replace(of=after)
     written = count > 0
-    if bool(written.all()):
+    if not torch.compiler.is_compiling() and bool(written.all()):
         return stepped, empty
     return select(written, stepped, weight), select(written, empty, pending)

@@ -11,6 +11,7 @@ from nestling.memory.rule import Gates, Rule, clip, gradient_descent, normalize
 from nestling.memory.state import select
 from nestling.memory.structure import Structure, Weights, matrix, mlp
 
+from .compiled import chunk_step
 from .layer import SequenceMemory, sequence_memory
 from .layout import Piece, lay_out
 from .mixer import Mixer, MixerModule
@@ -101,13 +102,14 @@ class Shards(MixerModule):
             return torch.zeros_like(x), state
         starts = self._packed(start)
         own = [() if piece.opens[1] is False else starts for piece in layout.pieces]
+        memory_step = chunk_step(self.memory.step, sizes[0], self.memory.step_options)
 
         def step(piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
             rows = piece.opens[1]
             if rows is not False:
                 states = own if rows is True else select(rows, own, states)
             queries, *projection = self._project(pairs, queries, states[1:])
-            return self.memory.step(piece, pairs, queries, (), (states[0], *projection))
+            return memory_step(piece, pairs, queries, (), (states[0], *projection))
 
         y, (memory, *keys), tail = self.memory.through(x, state.tail, layout, self._packed(state), starts, step, own)
         products = tuple(of_keys.running[0] for of_keys in keys)

@@ -26,19 +26,20 @@ from nestling.memory import (
 )
 from nestling.memory.state import detach, map_tensors
 from nestling.models import Decoder, ModelConfig
-from nestling.sequence import attention, linear_mixer, self_modifying, sequence_memory, shards
+from nestling.sequence import attention, comba_streams, linear_mixer, self_modifying, sequence_memory, shards
 
 CHUNK = 4
 DEEP = sequence_memory(mlp(), rule=normalize(clip()), chunk=CHUNK)
 MIXERS = {
     "delta": sequence_memory(matrix(), l2(), retain_first(), CHUNK, "token"),
+    "several steps": sequence_memory(matrix(), l2(), retain_first(), CHUNK, "token", steps=2),
     "deep": DEEP,
     "recomputed": sequence_memory(matrix(), dot(), gradient_descent(), CHUNK, checkpoint=True),
     "stepped": sequence_memory(matrix(), l2(), scale(adam()), CHUNK, "chunk", "boundary", "stepped"),
     "self-modifying": self_modifying(matrix(), chunk=CHUNK, projection_chunk=CHUNK),
     "shards": shards(DEEP, 2 * CHUNK),
     "attention": attention(),
-    "linear": linear_mixer(chunk=CHUNK),
+    "linear": linear_mixer(comba_streams(), chunk=CHUNK),
 }
 
 

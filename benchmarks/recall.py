@@ -9,10 +9,9 @@ four times as many, tested on 8 keys in up to 64 pairs.
 
 Every model trains for the same number of steps of the same number of tokens, and is tested once, after training. The
 learning rates are those that were best in the mean of all tests of two other seeds, on one grid for all (1e-2, 2e-2
-and 4e-2, for `again` also 3e-3; results/recall_tuning.json, made with --lr and --first-seed 10),
-but for the memories of Titans' rule, matrix and deep, which are not tuned. One core, 20 to 40 seconds a run, minutes
-for those of SLOW, which are left out without --models (results/recall_every_token.json). Results go to
-benchmarks/results/recall.json.
+and 4e-2, for `again` also 3e-3; results/recall_tuning.json, made with --lr and --first-seed 10), but for memories of
+Titans' rule, matrix and deep, in `again`: 1e-2, not tuned. One core, 20 to 40 seconds a run, minutes for those of SLOW,
+which are left out without --models. Results go to benchmarks/results/recall.json.
 
 None but attention has stopped improving by then, and seeds differ widely: what is measured is what a mixer has learned
 to hold in this time, not what it could hold.
@@ -62,7 +61,7 @@ SLOW = {  # gradients at every token's own weights, one token after the other; o
 }
 LEARNING_RATES = {setting: dict.fromkeys([*MIXERS, *SLOW], 1e-2) for setting in TESTS}
 LEARNING_RATES["once"] |= dict.fromkeys(
-    ("linear attention with retention", "delta rule", "gated delta rule", "attention"), 2e-2
+    ("linear attention with retention", "delta rule", "gated delta rule", "deep memory", "attention"), 2e-2
 )
 LEARNING_RATES["again"] |= dict.fromkeys(("linear attention with retention", "gated delta rule"), 2e-2)
 

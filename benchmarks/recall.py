@@ -11,7 +11,8 @@ Every model trains for the same number of steps of the same number of tokens, an
 learning rates are those that were best in the mean of all tests of two other seeds, on one grid for all (1e-2, 2e-2
 and 4e-2, for `again` also 3e-3; results/recall_tuning.json, made with --lr and --first-seed 10), but for memories of
 Titans' rule, matrix and deep, in `again`: 1e-2, not tuned. One core, 20 to 40 seconds a run, minutes for those of SLOW,
-which are left out without --models. Results go to benchmarks/results/recall.json.
+which are left out without --models (results/recall_every_token.json, one seed). Results go to
+benchmarks/results/recall.json.
 
 None but attention has stopped improving by then, and seeds differ widely: what is measured is what a mixer has learned
 to hold in this time, not what it could hold.

@@ -55,6 +55,24 @@ MUTANTS = (
         "target(x, -gradient.error)",
         "tests/test_gradient_memory.py",
     ),
+    Mutant(
+        "tasks/recall.py",
+        "torch.arange(1, writes + 1)[:, None]",
+        "torch.arange(writes, 0, -1)[:, None]",
+        "tests/test_recall.py",
+    ),
+    Mutant(
+        "tasks/recall.py",
+        "which.gather(1, _without_repetition(rows, some, some, generator))",
+        "which",
+        "tests/test_recall.py",
+    ),
+    Mutant(
+        "tasks/recall.py",
+        "torch.cat([which, torch.randint(of,",
+        "torch.cat([which, 0 * torch.randint(of,",
+        "tests/test_recall.py",
+    ),
     Mutant("optim/sharded.py", "return total / mesh.size()", "return total", "tests/test_sharded.py"),
     Mutant(
         "optim/adapter.py",

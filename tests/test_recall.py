@@ -31,6 +31,47 @@ def test_every_key_is_asked_once_and_its_value_is_wanted(length: int, pairs: int
         assert after.unique().numel() > vocabulary // 2, "any token at all"
 
 
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize(("pairs", "writes"), [(1, 9), (4, 5), (8, 8), (5, 32)])
+def test_of_a_key_that_returns_the_last_value_is_wanted(pairs: int, writes: int, noise: bool) -> None:
+    length = 2 * (writes + pairs) + 7
+    drawn = draw(50, length, pairs, seed=1, writes=writes, vocabulary=64, noise=noise)
+    assert drawn.tokens.shape == (50, length)
+    for tokens, targets, asked in zip(drawn.tokens.tolist(), drawn.targets.tolist(), drawn.asked.tolist(), strict=True):
+        known: dict[int, int] = {}
+        for at in range(0, 2 * writes, 2):
+            known[tokens[at]] = tokens[at + 1]  # a later one replaces it
+        assert len(known) == pairs
+        assert len(set(tokens[1 : 2 * writes : 2])) == writes, "each time another value"
+        assert all(1 <= key < 32 <= value < 64 for key, value in known.items())
+        questions = [t for t, there in enumerate(asked) if there]
+        assert sorted(tokens[t] for t in questions) == sorted(known)
+        assert all(t >= 2 * writes and t % 2 == 0 for t in questions)
+        assert all(targets[t] == known[tokens[t]] for t in questions)
+        assert all(targets[t] == 0 for t in range(length) if not asked[t])
+        assert noise or all(tokens[t] == 0 for t in range(2 * writes, length) if not asked[t])
+
+
+def test_keys_return_as_chance_has_it() -> None:
+    """Three keys, seven pairs: four besides the first three. A key has 1 + X pairs, X binomial with mean 4 / 3 and
+    variance 8 / 9, so that two places hold the same key with a chance of 3 E[(1 + X) X] / 42 = 2 / 7, wherever."""
+    keys = draw(6000, 20, 3, seed=0, writes=7, vocabulary=16).tokens[:, 0:14:2]
+    alike = (keys[:, :, None] == keys[:, None]).double().mean(0)
+    torch.testing.assert_close(alike, torch.where(torch.eye(7) > 0, 1.0, 2 / 7).double(), rtol=0, atol=0.025)
+    times = torch.stack([(keys == key).sum(1) for key in range(1, 8)], 1)
+    found = torch.bincount(times[times > 0] - 1, minlength=5) / (3 * 6000)
+    wanted = torch.distributions.Binomial(4, torch.tensor(1 / 3)).log_prob(torch.arange(5.0)).exp()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+
+
+def test_pairs_that_are_written_once_are_what_they_were() -> None:
+    """By default, and where as many pairs are written as there are keys."""
+    plain, same = (draw(9, 20, 5, 1, vocabulary=12, **more) for more in ({}, {"writes": 5}))
+    assert torch.equal(plain.tokens, same.tokens)
+    assert torch.equal(plain.targets, same.targets)
+    assert plain.tokens[0].tolist() == [5, 11, 2, 7, 3, 9, 4, 10, 1, 8, 3, 0, 5, 0, 1, 0, 4, 0, 2, 0]
+
+
 def test_keys_values_and_places_are_all_used() -> None:
     drawn = draw(2000, 32, 4, seed=0, vocabulary=16, power=None)
     assert set(drawn.tokens[:, 0].tolist()) == set(range(1, 8))
@@ -81,7 +122,10 @@ def test_a_guess_among_the_values_is_right_by_chance() -> None:
     [
         ({"pairs": 0}, "pairs must be 1 to 15, the keys in a vocabulary of 32, got 0"),
         ({"pairs": 16}, "pairs must be 1 to 15"),
-        ({"length": 31}, r"length must be at least 4 \* pairs = 32 tokens, got 31"),
+        ({"length": 31}, r"length must be at least 2 \* \(writes \+ pairs\) = 32 tokens, got 31"),
+        ({"writes": 9}, r"length must be at least 2 \* \(writes \+ pairs\) = 34 tokens, got 32"),
+        ({"writes": 7}, "writes must be 8 to 16, the pairs and the values in a vocabulary of 32, got 7"),
+        ({"writes": 17}, "writes must be 8 to 16"),
         ({"power": 0.0}, "power must be more than 0, or None, got 0.0"),
     ],
 )

@@ -533,7 +533,10 @@ MUTANTS = (
         "sequence/compiled.py", "*map_tensors(Tensor.contiguous, tuple(others))", "*others", "tests/test_compiled.py"
     ),
     Mutant(
-        "sequence/compiled.py", "if piece.stop - piece.start < chunk or not all", "if not all", "tests/test_compiled.py"
+        "sequence/compiled.py",
+        "if piece.stop - piece.start != chunk or not all",
+        "if not all",
+        "tests/test_compiled.py",
     ),
     Mutant(
         "sequence/compiled.py",

@@ -41,7 +41,7 @@ def chunk_step(step: Callable[..., Any], chunk: int, options: Mapping[str, Any] 
     compiled = torch.compile(step, **options)
 
     def either(piece: Piece, *given: Any) -> Any:
-        if piece.stop - piece.start < chunk or not all(isinstance(rows, bool) for rows in piece.opens):
+        if piece.stop - piece.start != chunk or not all(isinstance(rows, bool) for rows in piece.opens):
             return step(piece, *given)
         *others, states = given
         return compiled(piece, *map_tensors(Tensor.contiguous, tuple(others)), _usual(states))

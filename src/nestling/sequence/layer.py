@@ -145,35 +145,42 @@ class SequenceMemory(MixerModule):
         mixed, tail = self.convolution(layout.spread(self.qkv(x)), tail, layout)
         raw = layout.spread(self.gates(x))
         with torch.autocast(mixed.device.type, enabled=False):
-            n = self.memory.steps
-            streams = self.memory.preparation.streams(mixed.to(self.start[0].dtype), self.heads, n)
-            raw = raw.to(self.start[0].dtype)
-            chosen = self.gates.choose(raw, self.step_bound)
-            chosen = self.gates.placed(chosen, layout.places(self.memory.chunk))
-            told = self.gates.more(raw)
-            if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
-                told["bound"] = told["bound"] * self.memory.attentional_bias.bound
-            more = {name: layout.cut(in_turn(part) if n > 1 else part, 2, n) for name, part in told.items()}
-            cut = (layout.cut(gate, 2, n) for gate in gates_in_turn(chosen, n))  # type: ignore[arg-type]
-            gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
-            # the transfers of all pieces at once, where there are no empty slots, and memory for them
-            whole = layout.valid is None and not self.memory.checkpoint
-            carry = self.memory.transfers(states[0], gates) if whole else [None] * len(gates)
-            asked, *kv = streams.split([self.heads, n * self.heads, n * self.heads], 1)
-            q = layout.cut(asked, -2)
-            k, v = (layout.cut(in_turn(part.unflatten(1, (n, -1)).movedim(1, 0)), -2, n) for part in kv)
-
-            given = []
-            for index, piece in enumerate(layout.pieces):
-                here: dict[str, Any] = {name: parts[index] for name, parts in more.items()}
-                pairs = Writes(k[index], v[index], gates[index], layout.present(piece), carry=carry[index], steps=n)
-                given.append((pairs._replace(**here), q[index], own[index] if own else ()))
+            dtype = self.start[0].dtype
+            given = self._given(mixed.to(dtype), raw.to(dtype), layout, states[0], own)
 
             def one(piece: Piece, given: tuple[Writes, Tensor, Any], states: States) -> tuple[Tensor, States]:
                 return step(piece, *given, states)
 
             y, states = scan(layout, states, starts, given, one, checkpoint=self.memory.checkpoint)
         return layout.gather(y.transpose(1, 2)).transpose(1, 2), states, tail
+
+    def _given(
+        self, mixed: Tensor, raw: Tensor, layout: Layout, state: MemoryState, own: Sequence[Any]
+    ) -> list[tuple[Writes, Tensor, Any]]:
+        """For every piece what is written, queries, and its `own`; from streams and gates as they were projected."""
+        n = self.memory.steps
+        streams = self.memory.preparation.streams(mixed, self.heads, n)
+        q, *kv = streams.split([self.heads, n * self.heads, n * self.heads], 1)
+        queries = layout.cut(q, -2)
+        keys, values = (layout.cut(in_turn(part.unflatten(1, (n, -1)).movedim(1, 0)), -2, n) for part in kv)
+
+        chosen = self.gates.placed(self.gates.choose(raw, self.step_bound), layout.places(self.memory.chunk))
+        told = self.gates.more(raw)
+        if isinstance(self.memory.attentional_bias, Bounded) and "bound" in told:
+            told["bound"] = told["bound"] * self.memory.attentional_bias.bound
+        more = {name: layout.cut(in_turn(part) if n > 1 else part, 2, n) for name, part in told.items()}
+        cut = (layout.cut(gate, 2, n) for gate in gates_in_turn(chosen, n))  # type: ignore[arg-type]
+        gates = [Gates(*piece) for piece in zip(*cut, strict=True)]
+        # the transfers of all pieces at once, where there are no empty slots, and memory for them
+        whole = layout.valid is None and not self.memory.checkpoint
+        carry = self.memory.transfers(state, gates) if whole else [None] * len(gates)
+
+        given = []
+        for i, piece in enumerate(layout.pieces):
+            pairs = Writes(keys[i], values[i], gates[i], layout.present(piece), carry=carry[i], steps=n)
+            pairs = pairs._replace(**{name: parts[i] for name, parts in more.items()})  # type: ignore[arg-type]
+            given.append((pairs, queries[i], own[i] if own else ()))
+        return given
 
     def step(self, piece: Piece, pairs: Writes, queries: Tensor, own: Any, states: States) -> tuple[Tensor, States]:
         """One piece: open the chunk where one opens, write, and read."""

@@ -80,6 +80,14 @@ def test_garbage_is_refused_and_its_source_quarantined(life: Learner) -> None:
         life.release("clean")
 
 
+def test_what_follows_a_quarantine_in_the_same_document_is_refused(life: Learner) -> None:
+    """Also where it is such as the life has learned from before."""
+    found = life.learn(garbage(1) + text(9, 400), "noise")
+    assert found.refused["surprise"] == STRICT.guards.strikes
+    assert set(found.refused) == {"surprise", "quarantined"}
+    assert found.refused["quarantined"] > 15, "the whole of what follows"
+
+
 def test_a_replay_decides_the_same(life: Learner, tmp_path: Path) -> None:
     for number in range(4):
         life.learn(garbage(number, 90), "noise" if number % 2 else "hiss")

@@ -154,6 +154,16 @@ def test_what_stands_beside_the_chain_is_sealed(folder: Path) -> None:
             life.sources() if "events" in change else life.history()
 
 
+def test_an_event_that_is_not_what_was_journaled_is_not_learned(folder: Path) -> None:
+    """Whose text was read is part of what its chain seals: it is asked before the event is learned again."""
+    for snapshot in numbered(folder / "snapshots")[1:]:
+        shutil.rmtree(snapshot)
+    with contextlib.closing(sqlite3.connect(folder / "journal.sqlite", isolation_level=None)) as db:
+        assert db.execute("UPDATE events SET source = 'doc 9' WHERE source = 'doc 3'").rowcount == 2
+    with pytest.raises(ValueError, match=r"journal\.sqlite: damaged: event 7 is not what was journaled"):
+        Learner.open(folder)
+
+
 def test_what_is_acknowledged_is_synchronised(whole: Learner) -> None:
     """As far as SQLite can see to it: 2 is FULL, a sync of the log at every commit."""
     assert whole.journal.ask("PRAGMA synchronous") == [(2,)]
